@@ -1,0 +1,54 @@
+# Every target sets .venv up first; where nothing has changed that takes a moment.
+PYTHON ?= $(shell for python in .venv/bin/python python3.11 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && break; \
+	done; echo $$python)
+# A module system's Python packages must not shadow the pinned ones.
+unexport PYTHONPATH PYTHONHOME
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lab site notebooks figures bench lock clean
+
+help:
+	@echo "make run    execute every notebook into build/executed and render build/site"
+	@echo "make test   run the tests"
+	@echo "make lab    open the notebooks in JupyterLab"
+	@echo "make site   render the executed notebooks as build/site/index.html"
+	@echo "make bench  measure this project against its peers"
+	@echo "make notebooks  write the notebooks from their sources; make figures  renew the README's figures after make run"
+	@echo "make setup  only set .venv up, which all of the above do first"
+	@echo "make lock   pin the newest packages that pyproject.toml allows in requirements.lock and environment.yml"
+	@echo "make clean  remove .venv and build (the compiled Horovod stays in ~/.cache/nurion)"
+
+setup:
+	@$(PYTHON) tools/setup.py
+
+run: setup
+	@.venv/bin/python tools/notebooks.py run
+
+test: setup
+	@.venv/bin/ruff check
+	@.venv/bin/python -m pytest
+
+lab: setup
+	@.venv/bin/jupyter lab notebooks
+
+site: setup
+	@.venv/bin/python tools/notebooks.py site
+
+notebooks: setup
+	@.venv/bin/python tools/notebooks.py build
+
+figures: setup
+	@.venv/bin/python tools/readme_figures.py
+
+bench:
+	@$(PYTHON) tools/setup.py bench
+	@.venv/bin/python tools/bench/run.py
+
+lock: setup
+	@UV_SYSTEM_CERTS=1 .venv/bin/uv pip compile --quiet --upgrade --custom-compile-command "make lock" \
+		--extra build --extra test --output-file requirements.lock pyproject.toml
+	@sed -nE 's/^([[:alnum:]_.-]+)==(.+)/s|- \1==.*|- \1==\2|/p' requirements.lock | sed -i -f /dev/stdin environment.yml
+
+clean:
+	@rm -rf .venv build

@@ -1,0 +1,127 @@
+"""The process that owns a world's processes, and outlives nobody.
+
+``ranks.start`` starts this file with the standard library alone (``python -I -S``). The guardian starts the
+controller and the ranks, and adopts whatever they leave behind (Linux' "child subreaper"). Its standard input is
+a pipe held open by the notebook kernel: however the kernel ends, SIGKILL included, the pipe closes, and the
+guardian kills every process below it, removes their shared-memory segments and the run directory, and ends.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of all living descendants of `pid`, nearest first."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat", encoding="ascii", errors="replace") as file:
+                    state, parent = file.read().rsplit(")", 1)[1].split()[:2]
+            except OSError:
+                continue  # it ended while we looked
+            if state != "Z":
+                children.setdefault(int(parent), []).append(int(entry))
+    found, queue = [], [pid]
+    while queue:
+        queue.extend(children.get(queue[0], []))
+        found.extend(children.get(queue.pop(0), []))
+    return found
+
+
+def shared_memory_of(pids: list[int]) -> set[str]:
+    """Paths under /dev/shm that the processes have mapped and that still have a name."""
+    paths = set()
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
+                paths.update(line.split(maxsplit=5)[5].rstrip("\n") for line in file if " /dev/shm/" in line)
+        except OSError:
+            continue
+    return {path for path in paths if not path.endswith("(deleted)")}
+
+
+def kill_everything_below() -> None:
+    """SIGKILL descendants until none is left, then remove the shared memory they had."""
+    segments: set[str] = set()
+    while pids := descendants(os.getpid()):
+        segments |= shared_memory_of(pids)
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        reap()
+        time.sleep(0.01)
+    reap(options=0)  # waits for those that are still falling
+    for path in segments:
+        try:
+            os.unlink(path)
+        except OSError:
+            pass  # its owner was quicker
+
+
+def reap(options: int = os.WNOHANG) -> None:
+    """Collect ended children, adopted ones included: in a container perhaps nobody would after us."""
+    try:
+        while os.waitpid(-1, options)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def main() -> None:
+    run_directory = sys.argv[1]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # a Ctrl-C meant for the notebook must not end the clean-up
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        lock = lock_directory(run_directory)  # noqa: F841 (held until this process ends)
+        request = json.loads(sys.stdin.buffer.raw.readline())
+        owner = os.pidfd_open(request["owner"])  # a forked child of the kernel would keep the pipe open
+        if os.getppid() != request["owner"]:
+            return  # it has ended already
+        for name, command in request["commands"].items():
+            with open(os.path.join(run_directory, f"{name}.log"), "wb") as log:
+                process = subprocess.Popen(
+                    command,
+                    env=request["env"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    # should the guardian itself be killed, its children go with it
+                    preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
+                )
+            with open(os.path.join(run_directory, f"{name}.pid"), "w") as file:
+                file.write(str(process.pid))
+        while not select.select([sys.stdin, owner], [], [], 0.5)[0]:
+            reap()
+    finally:
+        kill_everything_below()
+        shutil.rmtree(run_directory, ignore_errors=True)
+
+
+def lock_directory(run_directory: str) -> int:
+    """Mark the directory as in use for as long as this process lives, also when it ends by SIGKILL."""
+    path = os.path.join(run_directory, "lock")
+    lock = os.open(f"{path}.new", os.O_CREAT | os.O_WRONLY, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(f"{path}.new", path)  # under its name it is never seen without the lock
+    return lock
+
+
+if __name__ == "__main__":
+    main()

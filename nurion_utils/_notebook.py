@@ -1,0 +1,129 @@
+"""The notebook's side of a world: one progress bar for all ranks, and ``%%px`` cells that cannot hang."""
+
+import sys
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from nurion_utils import _report
+from nurion_utils._report import shell
+
+T = TypeVar("T")
+
+_latest_world: Any = None  # the one that %%px cells run on
+
+
+def somebody_watches() -> bool:
+    """True in a notebook front end or a terminal; False under papermill and its like, which take no input."""
+    kernel = getattr(shell(), "kernel", None)
+    return kernel._allow_stdin if kernel is not None else sys.stderr.isatty()
+
+
+def progress(iterable: Iterable[T], total: int | None = None, description: str = "") -> Iterator[T]:
+    """Iterate on a rank and let the notebook show one progress bar for all ranks.
+
+    Parameters
+    ----------
+    iterable
+        What to go through.
+    total
+        Number of items, needed where `iterable` has no length.
+    description
+        Text in front of the bar.
+    """
+    data_pub = getattr(shell(), "data_pub", None)
+    if data_pub is None:  # not on a rank: nobody to tell
+        yield from iterable
+        return
+    total = len(iterable) if total is None else total  # type: ignore[arg-type]
+    done, told_at = 0, 0.0
+    data_pub.publish_data({"progress": (done, total, description)})
+    for item in iterable:
+        yield item
+        done += 1
+        if done == total or time.monotonic() - told_at > 0.2:
+            data_pub.publish_data({"progress": (done, total, description)})
+            told_at = time.monotonic()
+
+
+class ProgressBar:
+    """One tqdm bar over the sum of what the ranks report; silent where nobody watches."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def update(self, result: Any) -> None:
+        reports = [m["data"]["progress"] for m in result._metadata if m.get("data", {}).get("progress")]
+        if not reports or not somebody_watches():
+            return
+        done, total = sum(done for done, _, _ in reports), sum(total for _, total, _ in reports)
+        if self._bar is None:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=total, desc=reports[0][2] or None)
+        elif self._bar.total != total:  # a rank has joined in, or they have come to something new
+            self._bar.reset(total)
+        self._bar.update(done - self._bar.n)
+
+    def close(self, result: Any) -> None:
+        if self._bar is not None:
+            result.wait_for_output(1)  # the last reports may come after the results
+            self.update(result)
+            self._bar.close()
+
+
+def register_magics(world: Any) -> None:
+    """Let ``%%px`` and ``%px`` run on the world's ranks; does nothing outside IPython."""
+    if shell() is None:
+        return
+    from ipyparallel.client.asyncresult import AsyncResult
+    from ipyparallel.client.magics import ParallelMagics
+
+    # Only the latest world is held here: a cell that starts ranks ends its earlier ones when it is run again.
+    global _latest_world
+    _latest_world = world
+    n, world = world.n, weakref.proxy(world)
+
+    class RankResult(AsyncResult):
+        """What a ``%%px`` cell returns: its ``get()`` raises the error that also a cell that waits shows."""
+
+        def __init__(self, *args, **kwargs):
+            self._shown: list[dict] = []
+            super().__init__(*args, **kwargs)
+
+        def _collect_exceptions(self, results):
+            return _report.results(self, n)
+
+        def _iopub_streaming_output_callback(self, eid, future, message):
+            kind, content = message["header"]["msg_type"], message["content"]
+            if kind == "error":
+                return  # shown once, by RankError, which also knows about the ranks that wait
+            if kind in ("display_data", "execute_result"):
+                if any(content is shown for shown in self._shown):
+                    return  # it came just when we began to listen, and was handed over twice
+                self._shown.append(content)
+            # what came before that has lost its origin, and one rank's text would replace another's
+            message.setdefault("parent_header", {"msg_id": future.msg_id})
+            super()._iopub_streaming_output_callback(eid, future, message)
+
+    class RankMagics(ParallelMagics):
+        """ipyparallel's ``%%px`` with a world's way of waiting."""
+
+        def parallel_execute(self, cell, block=None, groupby="type", save_name=None, **_):
+            world._require_running()
+            sent = self.view.execute(cell, silent=False, block=False)
+            result = RankResult(sent._client, sent._children, fname="%px", targets=sent._targets)
+            world._watch(result)
+            self.last_result = result
+            if save_name:
+                self.shell.user_ns[save_name] = result
+            if not (self.view.block if block is None else block):
+                return result
+            with result.stream_output():
+                try:
+                    world._wait(result)
+                finally:
+                    result.wait_for_output(1)
+
+    shell().register_magics(RankMagics(shell(), world._view))

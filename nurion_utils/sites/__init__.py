@@ -1,0 +1,301 @@
+"""What a machine is: one TOML file per machine, every figure with its source.
+
+>>> from nurion_utils import sites
+>>> nurion = sites.load("nurion")
+>>> nurion.node.cores, nurion.burst_buffer.bandwidth_gb_per_s
+(68, 800.0)
+>>> nurion.node.figures["cores"].source
+'guide'
+
+Code never asks which machine it runs on; it reads the machine's description.  To describe a further
+machine, copy ``nurion.toml`` beside it and change the figures.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_DIRECTORY = Path(__file__).parent
+# A figure's unit is the ending of its name, so that it is written once.
+_UNITS = {
+    "_gb_per_s": "GB/s", "_per_cycle": "1/cycle", "_pflops": "Pflop/s", "_ghz": "GHz", "_gb": "GB",
+    "_tb": "TB", "_pb": "PB", "_us": "us", "_ns": "ns", "_percent": "%", "_hours": "h",
+}  # fmt: skip
+
+
+class SiteError(ValueError):
+    """A site that does not exist, or whose description is wrong; the message says what would be right."""
+
+
+def _cores() -> int:
+    """Cores this process may use: its CPU affinity, or less where a container sets a quota."""
+    cores = len(os.sched_getaffinity(0))
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    quota, period = limit.read_text().split() if limit.exists() else ("max", "1")
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def _memory_bytes(kind: Literal["total", "available"]) -> int:
+    limit = Path("/sys/fs/cgroup/memory.max")
+    quota = limit.read_text().strip() if limit.exists() else "max"
+    memory = getattr(psutil.virtual_memory(), kind)
+    return memory if quota == "max" else min(memory, int(quota))
+
+
+_MEASURED = {
+    "cores": _cores,
+    "memory_gb": lambda: round(_memory_bytes("total") / 1e9, 1),
+    "memory_usable_gb": lambda: round(_memory_bytes("available") / 1e9, 1),
+}
+
+
+class Figure(BaseModel):
+    """One figure and where it comes from.
+
+    ``status`` is ``read`` (in the source named), ``remembered`` (to be checked before anything depends on
+    it), ``derived`` (follows from other figures), ``measured`` (here, when the site is loaded) or
+    ``chosen`` (a limit that is set, not found).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    value: int | float | str | list[str]
+    status: Literal["read", "remembered", "derived", "measured", "chosen"]
+    source: str = Field(min_length=1)
+
+
+class Part(BaseModel):
+    """A part of a machine: plain numbers as attributes, their provenance in ``figures``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    figures: dict[str, Figure]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _values_beside_their_provenance(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or "figures" in raw:
+            return raw
+        figures, values = {}, {}
+        for key, figure in raw.items():
+            if isinstance(figure, dict) and figure.get("status") == "measured" and key in _MEASURED:
+                figure = {"value": _MEASURED[key]()} | figure
+            figures[key] = figure
+            values[key] = figure.get("value") if isinstance(figure, dict) else figure
+        return {"figures": figures, **values}
+
+
+class Node(Part):
+    """A partition of equal nodes."""
+
+    count: int = Field(gt=0)
+    cores: int = Field(gt=0)
+    memory_gb: float = Field(gt=0)
+    memory_usable_gb: float | None = Field(None, gt=0)
+    processor: str | None = None
+    clock_ghz: float | None = Field(None, gt=0)
+    flop_per_cycle: int | None = Field(None, gt=0)
+    memory_usable_flat_gb: float | None = Field(None, gt=0)
+    fast_memory_gb: float | None = Field(None, gt=0)
+    fast_memory_gb_per_s: float | None = Field(None, gt=0)
+
+    @property
+    def peak_gflops(self) -> float:
+        """Peak speed of one node in Gflop/s: cores x clock x flop per cycle."""
+        if self.clock_ghz is None or self.flop_per_cycle is None:
+            raise SiteError("This node's peak is unknown: describe its clock_ghz and flop_per_cycle.")
+        return self.cores * self.clock_ghz * self.flop_per_cycle
+
+
+class Performance(Part):
+    rpeak_quoted_pflops: float = Field(gt=0)
+    rmax_pflops: float = Field(gt=0)
+
+
+class Fabric(Part):
+    """The network between nodes; a two-level fat tree unless ``topology`` says otherwise."""
+
+    name: str
+    topology: str
+    edge_switches: int = Field(gt=0)
+    edge_ports: int = Field(gt=0)
+    edge_down: int = Field(gt=0)
+    edge_up: int = Field(gt=0)
+    directors: int = Field(gt=0)
+    director_ports: int = Field(gt=0)
+    blocking_percent: float = Field(ge=0, lt=100)
+    link_gb_per_s: float = Field(gt=0)
+    latency_us: float = Field(gt=0)
+    switch_latency_ns: float = Field(gt=0)
+
+
+class FileSystem(Part):
+    path: str
+    kind: str
+    capacity_pb: float = Field(gt=0)
+    bandwidth_gb_per_s: float = Field(gt=0)
+
+
+class BurstBuffer(Part):
+    kind: str
+    capacity_tb: float = Field(gt=0)
+    capacity_quoted_pb: float = Field(gt=0)
+    bandwidth_gb_per_s: float = Field(gt=0)
+    servers: int = Field(gt=0)
+    server_gb_per_s: float = Field(gt=0)
+    erasure_coding: str
+    path: str
+    mpi_io_prefix: str
+    flush_at_dirty_percent: float = Field(gt=0, lt=100)
+    flush_at_free_percent: float = Field(gt=0, lt=100)
+    stage_in_command: str
+    sync_out_command: str
+    purge_command: str
+    status_command: str
+    warning: str
+
+
+class Scheduler(Part):
+    kind: str
+    queues: list[str] = Field(min_length=1)
+    long_queue_hours: float = Field(gt=0)
+    applications: list[str]
+    application_option: str
+    burst_buffer_option: str
+    submit_from: str
+    modules: list[str]
+
+
+class Ranks(Part):
+    """How many ranks the site lets anyone start at once."""
+
+    max_ranks: int = Field(gt=0)
+
+
+class Site(BaseModel):
+    """A machine; see the module's docstring.  ``partitions`` lists the one most jobs use first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    name: str
+    title: str
+    sources: dict[str, str] = {}
+    partitions: dict[str, Node] = Field(min_length=1)
+    ranks: Ranks
+    performance: Performance | None = None
+    fabric: Fabric | None = None
+    file_systems: dict[str, FileSystem] = {}
+    burst_buffer: BurstBuffer | None = None
+    scheduler: Scheduler | None = None
+
+    @property
+    def node(self) -> Node:
+        """The node that most jobs use: the first partition."""
+        return next(iter(self.partitions.values()))
+
+    @property
+    def rpeak_pflops(self) -> float:
+        """Peak speed of the whole machine in Pflop/s, from its partitions' figures."""
+        return sum(node.count * node.peak_gflops for node in self.partitions.values()) / 1e6
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """Every part of the machine with its dotted name, in the order of the description."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for key, part in value.items() if isinstance(value, dict) else [("", value)]:
+                if isinstance(part, Part):
+                    yield f"{name}.{key}".rstrip("."), part
+
+    def table(self) -> pd.DataFrame:
+        """All figures: columns figure, value, unit, status, source."""
+        import pandas as pd
+
+        rows = [
+            {
+                "figure": f"{name}.{key}",
+                "value": ", ".join(figure.value) if isinstance(figure.value, list) else figure.value,
+                "unit": next((unit for suffix, unit in _UNITS.items() if key.endswith(suffix)), ""),
+                "status": figure.status,
+                "source": figure.source,
+            }
+            for name, part in self.parts()
+            for key, figure in part.figures.items()
+        ]
+        return pd.DataFrame(rows, dtype=object)  # integers stay integers beside other values
+
+
+def names() -> list[str]:
+    """The sites that have a description."""
+    return sorted(path.stem for path in _DIRECTORY.glob("*.toml"))
+
+
+def load(name: str) -> Site:
+    """Load the description of a site.
+
+    Raises
+    ------
+    SiteError
+        If there is no such site, or its file is wrong; then the message names the file and the line.
+    """
+    if name not in names():
+        raise SiteError(f"There is no site {name!r}; the sites that exist are: {', '.join(names())}.")
+    return read(_DIRECTORY / f"{name}.toml")
+
+
+def read(path: Path) -> Site:
+    """Read and check one description; `load` finds it by the site's name."""
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        return Site.model_validate(tomllib.loads(text) | {"name": Path(path).stem})
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"at line (\d+)", str(error))
+        line = int(found[1]) if found else len(text.splitlines())
+        raise SiteError(
+            f"{path}, line {line}: this is not TOML ({error}); "
+            'a figure is written as `cores = { value = 68, status = "read", source = "guide" }`.'
+        ) from None
+    except ValidationError as error:
+        # A misspelt entry is also a missing one: name the misspelling, which has a line of its own.
+        first = sorted(error.errors(), key=lambda found: found["type"] != "extra_forbidden")[0]
+        # `figures` and the alternatives of a type are ours: the file has no such levels.
+        ours = ("figures", "int", "float", "str", "list[str]")
+        keys = [str(key) for key in first["loc"] if key not in ours]
+        raise SiteError(f"{path}, line {_line(text, keys)}: {'.'.join(keys)}: {_remedy(first)}") from None
+
+
+def _remedy(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        section = str(error["loc"][0])
+        kind = str(Site.model_fields[section].annotation) if section in Site.model_fields else ""
+        part = next((part for part in Part.__subclasses__() if part.__name__ in kind), Site)
+        known = ", ".join(key for key in part.model_fields if key != "figures")
+        return f"no such entry is known here; the known ones are: {known}."
+    if error["type"] == "missing":
+        return "this entry is missing; add it."
+    if error["type"] in ("model_type", "dict_type"):
+        return 'a figure is written as `{ value = ..., status = "...", source = "..." }`.'
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}."
+
+
+def _line(text: str, keys: list[str]) -> int:
+    """Line of the deepest of ``keys`` in the text; `tomllib` keeps no positions."""
+    best_depth, best_line, section = 0, 1, []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := re.match(r"\s*\[([^\]]+)\]", line):
+            section = here = header[1].replace(" ", "").split(".")
+        elif entry := re.match(r"\s*([\w.-]+)\s*=", line):
+            here = section + entry[1].split(".")
+        else:
+            continue
+        shared = here[: len(keys)]
+        if shared == keys[: len(here)] and len(shared) > best_depth:
+            best_depth, best_line = len(shared), number
+    return best_line

@@ -1,0 +1,117 @@
+"""How much memory data-parallel training takes on a node, and whether a site's node has it.
+
+In data parallelism every node holds the whole model and only the samples are divided, so what fits is decided
+on one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import keras
+    import pandas as pd
+
+    from nurion_utils.sites import Site
+
+# Numbers that an optimizer keeps beside each weight.
+OPTIMIZER_SLOTS = {"sgd": 0, "momentum": 1, "lars": 1, "adam": 2, "lamb": 2}
+# Horovod packs gradients into one buffer of this size before it reduces them (HOROVOD_FUSION_THRESHOLD).
+FUSION_BUFFER_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What training a model takes on one node; `footprint` reads it off a Keras model.
+
+    Attributes
+    ----------
+    weight_bytes : int
+        Weights that are trained.
+    state_bytes : int
+        Weights that are not, such as the running means of batch normalisation.
+    activation_bytes : int
+        Activations that one sample leaves for the backward pass.
+    optimizer : str
+        One of `OPTIMIZER_SLOTS`.
+    """
+
+    weight_bytes: int
+    activation_bytes: int
+    optimizer: str
+    state_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZER_SLOTS:
+            known = ", ".join(OPTIMIZER_SLOTS)
+            raise ValueError(f"optimizer must be one of {known}, not {self.optimizer!r}.")
+
+    def table(self, batch_size: int) -> pd.DataFrame:
+        """Memory by component for a batch per node: columns component and size_bytes."""
+        import pandas as pd
+
+        sizes = {
+            "weights": self.weight_bytes + self.state_bytes,
+            "gradients": self.weight_bytes,
+            "optimizer": OPTIMIZER_SLOTS[self.optimizer] * self.weight_bytes,
+            "communication": FUSION_BUFFER_BYTES,
+            "activations": self.activation_bytes * batch_size,
+        }
+        return pd.DataFrame({"component": list(sizes), "size_bytes": list(sizes.values())})
+
+    def size_bytes(self, batch_size: int) -> int:
+        """Memory in all for a batch per node."""
+        return int(self.table(batch_size)["size_bytes"].sum())
+
+    def fits(self, site: Site, batch_size: int) -> bool:
+        """Whether a node of the site has the memory."""
+        return self.size_bytes(batch_size) <= site.node.memory_usable_gb * 1e9
+
+    def largest_batch(self, site: Site) -> int:
+        """The largest batch that fits a node of the site; 0 says that the model itself does not."""
+        spare = site.node.memory_usable_gb * 1e9 - self.size_bytes(0)
+        return max(0, int(spare // self.activation_bytes))
+
+
+def footprint(model: keras.Model, optimizer: str = "adam") -> Footprint:
+    """What a Keras model takes in training.
+
+    Weights and gradients are exact.  The activations are an estimate: the output of every layer is kept once.
+    Scratch space of the kernels is not in it, nor what a framework saves by fusing layers or overwriting one.
+    """
+    import keras
+
+    def layers_of(model: keras.Model) -> Iterator[keras.Layer]:
+        for layer in model.layers:
+            yield from layers_of(layer) if isinstance(layer, keras.Model) else (layer,)
+
+    if not model.built:
+        raise ValueError(f"Model {model.name!r} has no shapes yet: give it an Input, or build it.")
+    activations = 0
+    for layer in layers_of(model):
+        # These hand their input on and keep nothing.
+        if isinstance(layer, keras.layers.InputLayer | keras.layers.Flatten | keras.layers.Reshape):
+            continue
+        shape = layer.output.shape[1:]
+        if None in shape:
+            raise ValueError(f"Layer {layer.name!r} has an output of unknown size: give the Input a fixed shape.")
+        activations += prod(shape) * _bytes_per_number(layer.compute_dtype)
+    return Footprint(
+        weight_bytes=_bytes_of(model.trainable_weights),
+        state_bytes=_bytes_of(model.non_trainable_weights),
+        activation_bytes=activations,
+        optimizer=optimizer,
+    )
+
+
+def _bytes_of(weights: list[keras.Variable]) -> int:
+    return sum(prod(weight.shape) * _bytes_per_number(weight.dtype) for weight in weights)
+
+
+def _bytes_per_number(dtype: str) -> int:
+    import tensorflow as tf
+
+    return tf.as_dtype(dtype).size

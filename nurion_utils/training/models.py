@@ -1,0 +1,121 @@
+"""The networks that the notebooks train: CosmoFlow, its small sister, ResNet-50 and a perceptron.
+
+Volumes and images have their channels last.  No network here uses the other samples of a batch (ResNet-50,
+which normalises over the batch, is the exception), so that P ranks of batch B can equal one rank of P x B.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import keras
+
+
+def cosmoflow(outputs: int = 3) -> keras.Model:
+    """The CosmoFlow network at full size: volumes of 128^3, 7 convolutions, 3 dense layers.
+
+    Read in the authors' code (github.com/NERSC/cosmoflow, CosmoNet.py, which goes with Mathuriya et al. 2018,
+    arXiv 1808.04728): kernels, channels, strides, unpadded convolutions, average pooling, widths of the dense
+    layers, Glorot initialisation and biases of 0.1.  The code counts 7,041,443 parameters for 3 outputs, and
+    a log of its runs 7,041,186 for 2; this network has exactly as many.  As float32 gradients they are
+    28.17 MB; the paper's figure is remembered as 28.15 MB.
+
+    Inferred: the code declares a third pooling whose result it never uses, and folds the 8^3 x 256 values
+    that follow into 64 rows of 2048.  One row of 2048, as the first dense layer expects, comes out if that
+    pooling follows the fourth convolution; so it does here.  The slope of the leaky ReLU is a setting that
+    the code reads from elsewhere: 0.2 here.  Its dropout, also a setting, is left out.
+
+    Parameters
+    ----------
+    outputs : int
+        Parameters to predict.
+    """
+    import keras
+    from keras import layers
+
+    def convolution(channels: int, width: int, strides: int = 1) -> list[keras.Layer]:
+        return [
+            layers.Conv3D(channels, width, strides=strides, bias_initializer=keras.initializers.Constant(0.1)),
+            layers.LeakyReLU(0.2),
+        ]
+
+    def dense(width: int) -> list[keras.Layer]:
+        return [
+            layers.Dense(width, bias_initializer=keras.initializers.Constant(0.1)),
+            layers.LeakyReLU(0.2),
+        ]
+
+    return keras.Sequential(
+        [
+            layers.Input((128, 128, 128, 1)),
+            *convolution(16, 3),
+            layers.AveragePooling3D(2),
+            *convolution(32, 4),
+            layers.AveragePooling3D(2),
+            *convolution(64, 4, strides=2),
+            *convolution(128, 3),
+            layers.AveragePooling3D(2),
+            *convolution(256, 3),
+            *convolution(256, 2),
+            *convolution(256, 2),
+            layers.Flatten(),
+            *dense(2048),
+            *dense(256),
+            layers.Dense(outputs, bias_initializer=keras.initializers.Constant(0.1)),
+        ],
+        name="cosmoflow",
+    )
+
+
+def cosmoflow_small(size: int, outputs: int = 3) -> keras.Model:
+    """CosmoFlow's small sister: the same kinds of layers, as many as bring ``size``^3 down to 4^3.
+
+    It has 1.45 million parameters at 64^3, 0.36 million at 32^3 and 0.09 million at 16^3.  Unlike its sister
+    it averages over the volume before the dense layers: the universe is alike everywhere, and from a few
+    hundred volumes a network that is not told so learns them by heart.
+
+    Parameters
+    ----------
+    size : int
+        Voxels along an edge: 8, 16, 32, 64 or 128.
+    outputs : int
+        Parameters to predict.
+    """
+    if size not in (8, 16, 32, 64, 128):
+        raise ValueError(f"size must be 8, 16, 32, 64 or 128 voxels, not {size}.")
+    import keras
+    from keras import layers
+
+    def convolution(width: int) -> list[keras.Layer]:
+        return [layers.Conv3D(channels, width, padding="same"), layers.LeakyReLU(0.2)]
+
+    network = [layers.Input((size, size, size, 1))]
+    channels = 16
+    while size > 4:
+        network += [*convolution(3), layers.AveragePooling3D(2)]
+        size, channels = size // 2, channels * 2
+    network += convolution(3)
+    channels //= 2
+    network += [*convolution(2), layers.GlobalAveragePooling3D()]
+    network += [layers.Dense(64), layers.LeakyReLU(0.2), layers.Dense(outputs)]
+    return keras.Sequential(network, name="cosmoflow_small")
+
+
+def mlp(widths: tuple[int, ...] = (64, 128, 128, 10)) -> keras.Model:
+    """A perceptron of the given widths, input first; the outputs are logits.
+
+    The default reads scikit-learn's digits.
+    """
+    import keras
+    from keras import layers
+
+    hidden = [layers.Dense(width, "relu") for width in widths[1:-1]]
+    return keras.Sequential([layers.Input(widths[:1]), *hidden, layers.Dense(widths[-1])], name="mlp")
+
+
+def resnet50() -> keras.Model:
+    """ResNet-50 for ImageNet (224 x 224 x 3, 1000 classes) as Keras ships it, untrained."""
+    import keras
+
+    return keras.applications.ResNet50(weights=None)

@@ -1,0 +1,206 @@
+"""Ranks start equal, decide alike, and notice when they drift apart."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from keras.optimizers import SGD, Adam
+
+
+def perceptron(seed: int, *middle: keras.Layer) -> keras.Model:
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential([keras.Input((4,)), layers.Dense(6, "tanh"), *middle, layers.Dense(2, name="last")])
+
+
+def data(seed: int, steps: int = 4) -> tf.data.Dataset:
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(steps, 8, 4)).astype("float32"), rng.normal(size=(steps, 8, 2)).astype("float32")
+    return tf.data.Dataset.from_tensor_slices((x, y))
+
+
+def rank() -> int:
+    from mpi4py.MPI import COMM_WORLD as world
+
+    return world.rank
+
+
+def outcome(attempt) -> str:
+    try:
+        attempt()
+        return "no error"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_broadcast_makes_weights_and_optimizer_equal_and_leaves_random_states_alone(world2):
+    def start():
+        from nurion_utils.training import BroadcastCallback, DistributedOptimizer
+
+        class Look(keras.callbacks.Callback):
+            def on_train_begin(self, logs=None):
+                self.weights = self.model.get_weights()
+                self.slots = [np.array(v) for v in self.model.optimizer.variables]
+
+        model = perceptron(rank(), layers.Dropout(0.5, seed=rank()), layers.BatchNormalization())
+        generator = next(v for v in model.variables if "seed" in v.path)
+        model.compile(DistributedOptimizer(Adam(0.1 * (1 + rank()), amsgrad=True)), "mse")
+        before, look = model.get_weights(), Look()
+        model.fit(data(rank()), verbose=0, callbacks=[BroadcastCallback(root=1), look])
+        return before, look.weights, look.slots, np.array(generator)
+
+    (before0, weights0, slots0, random0), (before1, weights1, slots1, random1) = world2.run(start, timeout_s=60)
+    assert any((a != b).any() for a, b in zip(before0, before1, strict=True))
+    for given, on0, on1 in zip(before1, weights0, weights1, strict=True):
+        np.testing.assert_array_equal(on0, given)
+        np.testing.assert_array_equal(on1, given)
+    assert len(slots0) == 20  # iterations, learning rate, three slots for each of six trained weights
+    for on0, on1 in zip(slots0, slots1, strict=True):
+        np.testing.assert_array_equal(on0, on1)
+    assert (random0 != random1).any()
+
+
+def test_broadcast_refuses_unbuilt_and_unequal_models_and_roots_that_are_no_rank(world2):
+    def refusals():
+        from nurion_utils.training import BroadcastCallback
+
+        def fit(model, root=0):
+            model.compile("sgd", "mse")
+            model.fit(data(0), verbose=0, callbacks=[BroadcastCallback(root)])
+
+        return [
+            outcome(lambda: fit(keras.Sequential([layers.Dense(2)]))),
+            outcome(lambda: fit(perceptron(0, *[layers.Dense(6) for _ in range(rank())]))),
+            outcome(lambda: fit(perceptron(0, layers.Dense(6 + rank())))),
+            outcome(lambda: fit(perceptron(0), root=2)),
+        ]
+
+    for unbuilt, deeper, wider, root in world2.run(refusals, timeout_s=60):
+        assert "keras.Input(shape), or call model.build(shape)" in unbuilt
+        assert "that of rank 1, with its optimizer, has 8 variables and that of rank 0 has 6" in deeper
+        assert "All ranks must build the same model" in wider
+        assert root == "ValueError: root must be a rank from 0 to 1, not 2."
+
+
+def test_averaged_metrics_are_those_of_all_samples_and_reach_later_callbacks_and_the_history(world2):
+    def evaluate():
+        from nurion_utils.training import MetricAverageCallback
+
+        class Look(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                self.logs = dict(logs)
+
+        def fit(first, last, *callbacks):
+            rng = np.random.default_rng(0)
+            x, y = rng.normal(size=(20, 4)), rng.normal(size=(20, 2))
+            model = perceptron(0)
+            model.compile(SGD(0.0), "mse", metrics=["mae"])
+            held_out = (x[first // 2 : last // 2], y[first // 2 : last // 2])
+            chosen = {"batch_size": 2, "verbose": 0, "validation_data": held_out, "callbacks": list(callbacks)}
+            return model.fit(x[first:last], y[first:last], **chosen).history
+
+        look = Look()
+        first, last = [(0, 12), (12, 20)][rank()]
+        averaged = fit(first, last, MetricAverageCallback(last - first, (last - first) // 2), look)
+        return fit(0, 20), averaged, look.logs
+
+    for alone, averaged, seen in world2.run(evaluate, timeout_s=60):
+        assert set(averaged) == {"loss", "mae", "val_loss", "val_mae"}
+        for name, value in averaged.items():
+            assert value == [seen[name]] == pytest.approx(alone[name], rel=1e-6)
+
+
+def test_ranks_stop_early_in_the_same_epoch_when_metrics_are_averaged(world2):
+    def stop():
+        from nurion_utils.training import BroadcastCallback, DistributedOptimizer, MetricAverageCallback
+
+        model = perceptron(rank())
+        model.compile(DistributedOptimizer(SGD(0.5)), "mse")
+        stopping = keras.callbacks.EarlyStopping("loss", min_delta=0.05)
+        callbacks = [BroadcastCallback(), MetricAverageCallback(), stopping]
+        return model.fit(data(rank()), epochs=50, verbose=0, callbacks=callbacks).history["loss"]
+
+    on0, on1 = world2.run(stop, timeout_s=60)
+    assert on0 == on1
+    assert len(on0) < 50
+
+
+def test_metrics_that_only_one_rank_has_are_an_error_everywhere(world2):
+    def fit():
+        from nurion_utils.training import MetricAverageCallback
+
+        model = perceptron(0)
+        model.compile("sgd", "mse", metrics=["mae"] if rank() else [])
+        return [
+            outcome(lambda: model.fit(data(0), verbose=0, callbacks=[MetricAverageCallback()])),
+            outcome(lambda: perceptron_without_samples(MetricAverageCallback(samples=0))),
+        ]
+
+    def perceptron_without_samples(callback):
+        model = perceptron(0)
+        model.compile("sgd", "mse")
+        model.fit(data(0), verbose=0, callbacks=[callback])
+
+    for unequal, no_samples in world2.run(fit, timeout_s=60):
+        assert "Rank 1 reports ['loss', 'mae'], rank 0 reports ['loss']" in unequal or (
+            "Rank 0 reports ['loss'], rank 1 reports ['loss', 'mae']" in unequal
+        )
+        assert "The numbers of samples must be positive, not [[0.0, 1.0], [0.0, 1.0]] by rank." in no_samples
+
+
+def drifting(world, callback, change=None, optimizer=None, middle=(), every_rank=False, **compiled) -> list[str]:
+    """Train with `callback`; after the second step rank 2 changes a weight by `change`."""
+
+    def fit():
+        from nurion_utils.training import BroadcastCallback, DistributedOptimizer, SyncCheckCallback
+
+        class Drift(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                if batch == 1 and change is not None and (rank() == 2 or every_rank):
+                    bias = self.model.get_layer("last").bias
+                    bias.assign(bias + np.float32(change))
+
+        model = perceptron(rank(), *middle)
+        model.compile(optimizer or DistributedOptimizer(SGD(0.1, momentum=0.9)), "mse", **compiled)
+        callbacks = [BroadcastCallback(), Drift(), SyncCheckCallback(**callback)]
+        return outcome(lambda: model.fit(data(rank()), epochs=2, verbose=0, callbacks=callbacks))
+
+    return world.run(fit, timeout_s=60)
+
+
+def test_ranks_in_step_pass_the_check_whatever_their_batch_statistics(world4):
+    assert drifting(world4, {}, middle=[layers.BatchNormalization()]) == ["no error"] * 4
+
+
+def test_a_rank_that_drifts_is_named_on_all_ranks_with_its_first_variable_and_how_far_it_is(world4):
+    for message in drifting(world4, {}, change=0.25):
+        assert message.startswith("RuntimeError: Ranks no longer agree after epoch 1: ")
+        assert "last/bias' on rank 2 differs from rank 0's by up to 0.25;" in message
+
+
+def test_a_change_on_every_rank_is_no_drift_and_one_within_the_tolerance_is_none_yet(world4):
+    assert drifting(world4, {}, change=0.25, every_rank=True) == ["no error"] * 4
+    assert drifting(world4, {"tolerance": 0.5}, change=0.25) == ["no error"] * 4
+
+
+def test_a_weight_that_is_not_a_number_is_beyond_any_tolerance(world4):
+    assert "on rank 2 differs from rank 0's by up to nan" in drifting(world4, {"tolerance": 1e9}, change=np.nan)[0]
+
+
+def test_checks_come_every_so_many_steps_also_when_keras_takes_several_at_once(world4):
+    assert "after step 2 of this epoch" in drifting(world4, {"every_steps": 1}, change=1.0)[3]
+    assert "after step 4 of this epoch" in drifting(world4, {"every_steps": 4}, change=1.0)[3]
+    assert "after step 2 of this epoch" in drifting(world4, {"every_steps": 1}, change=1.0, steps_per_execution=2)[3]
+
+
+def test_an_optimizer_that_was_not_distributed_is_found_out(world4):
+    for message in drifting(world4, {}, optimizer="sgd"):
+        assert "on rank 1, 2, 3 differs from rank 0's" in message
+        assert "look for an optimizer that was not made with DistributedOptimizer" in message
+
+
+def test_the_check_refuses_impossible_intervals():
+    from nurion_utils.training import SyncCheckCallback
+
+    with pytest.raises(ValueError, match="every_steps must be 1 or more, not 0"):
+        SyncCheckCallback(every_steps=0)

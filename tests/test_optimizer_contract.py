@@ -1,0 +1,371 @@
+"""What `DistributedOptimizer` promises beside equality: refusals, reductions, saved models."""
+
+import subprocess
+import sys
+from unittest import mock
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras.optimizers import SGD, Adam, LossScaleOptimizer
+
+STEPS, GLOBAL_BATCH = 10, 8
+
+
+def perceptron() -> keras.Model:
+    keras.utils.set_random_seed(1)
+    return keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, "tanh"), keras.layers.Dense(3)])
+
+
+def embedding() -> keras.Model:
+    keras.utils.set_random_seed(1)
+    layers = [keras.layers.Embedding(5, 4), keras.layers.Flatten(), keras.layers.Dense(3)]
+    return keras.Sequential([keras.Input((6,)), *layers])
+
+
+def batches(first: int = 0, alone: bool = False) -> tf.data.Dataset:
+    """This rank's part of the steps from `first` on, or all of them."""
+    rng = np.random.default_rng(5)
+    x = rng.integers(0, 5, (STEPS, GLOBAL_BATCH, 6)).astype("float32")
+    y = rng.normal(size=(STEPS, GLOBAL_BATCH, 3)).astype("float32")
+    if not alone:
+        from mpi4py.MPI import COMM_WORLD as world
+
+        x, y = (np.split(data, world.size, axis=1)[world.rank] for data in (x, y))
+    return tf.data.Dataset.from_tensor_slices((x[first:], y[first:]))
+
+
+def train(optimizer: keras.optimizers.Optimizer, alone=False, make=perceptron, eager=False) -> list[np.ndarray]:
+    model = make()
+    model.compile(optimizer, "mse", run_eagerly=eager)
+    model.fit(batches(alone=alone), verbose=0)
+    return model.get_weights()
+
+
+def distance(these: list[np.ndarray], those: list[np.ndarray]) -> float:
+    return max(float(np.abs(a.astype("float64") - b).max()) for a, b in zip(these, those, strict=True))
+
+
+def average_with_mpi(gradients: np.ndarray) -> None:
+    from mpi4py import MPI
+
+    MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, gradients)
+    gradients /= MPI.COMM_WORLD.size
+
+
+class ReplacesApply(SGD):
+    def apply(self, grads, trainable_variables=None):
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            variable.assign_sub(0.1 * gradient)
+
+
+def refusals() -> dict[str, str]:
+    import horovod.keras
+
+    from nurion_utils.training import DistributedOptimizer
+
+    def compile_mixed():
+        keras.config.set_dtype_policy("mixed_float16")
+        model = perceptron()
+        keras.config.set_dtype_policy("float32")
+        model.compile(DistributedOptimizer(SGD()), "mse")
+
+    def train_float8():
+        model = perceptron()
+        model.quantize("float8")
+        model.compile(DistributedOptimizer(SGD()), "mse")
+        model.fit(batches(), verbose=0)
+
+    def train_with_xla():
+        model = perceptron()
+        model.compile(DistributedOptimizer(SGD()), "mse", jit_compile=True)
+        model.fit(batches(), verbose=0)
+
+    horovod.keras.init()
+    attempts = {
+        "a name": lambda: DistributedOptimizer("adam"),
+        "twice": lambda: DistributedOptimizer(DistributedOptimizer(SGD())),
+        "Horovod's": lambda: DistributedOptimizer(horovod.keras.DistributedOptimizer(SGD())),
+        "wrapped": lambda: LossScaleOptimizer(DistributedOptimizer(SGD())),
+        "compile of a mixed model": compile_mixed,
+        "op": lambda: DistributedOptimizer(SGD(), op="mean"),
+        "compression": lambda: DistributedOptimizer(SGD(), compression="fp16"),
+        "op of a reducer": lambda: DistributedOptimizer(SGD(), op=horovod.keras.Sum, reducer=average_with_mpi),
+        "reducer": lambda: DistributedOptimizer(SGD(), reducer=0.5),
+        "reducer that returns": lambda: train(DistributedOptimizer(SGD(), reducer=lambda gradients: gradients / 2)),
+        "XLA": train_with_xla,
+        "float8": train_float8,
+        "own apply": lambda: train(DistributedOptimizer(ReplacesApply(0.1))),
+    }
+    messages = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            messages[name] = "accepted"
+        except Exception as error:
+            messages[name] = f"{type(error).__name__}: {error}"
+    return messages
+
+
+REMEDIES = {
+    "a name": "TypeError: DistributedOptimizer takes a Keras 3 optimizer such as Adam(), not 'adam'.",
+    "twice": "ValueError: This optimizer is distributed already",
+    "Horovod's": "pass the plain Keras optimizer instead.",
+    "wrapped": "DistributedOptimizer(LossScaleOptimizer(optimizer)).",
+    "compile of a mixed model": "DistributedOptimizer(LossScaleOptimizer(optimizer)).",
+    "op": "op must be one of Horovod's, such as hvd.Average, not 'mean'.",
+    "compression": "compression must be one of hvd.Compression, not 'fp16'.",
+    "op of a reducer": "with a reducer of your own, leave them out.",
+    "reducer": "reducer must be a function that averages an array in place, not 0.5.",
+    "reducer that returns": "it must average the one it gets in place.",
+    "XLA": "ValueError: XLA cannot compile a training step that communicates: use compile(..., jit_compile=False).",
+    "float8": "ValueError: Float8 models cannot be trained on several ranks",
+    "own apply": "RuntimeError: ReplacesApply of Keras",
+}
+
+
+@pytest.fixture(scope="module")
+def refused(world2):
+    return world2.run(refusals, timeout_s=120)
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_what_would_train_wrongly_is_refused_with_its_remedy(refused, name):
+    assert all(REMEDIES[name] in on_rank[name] for on_rank in refused), refused[0][name]
+
+
+def test_an_overflow_on_one_rank_makes_all_ranks_skip_the_step(world2):
+    def overflow():
+        from mpi4py.MPI import COMM_WORLD as world
+
+        from nurion_utils.training import DistributedOptimizer
+
+        poison = np.zeros((STEPS, GLOBAL_BATCH, 1), "float32")
+        poison[3, -1] = np.inf  # the last rank has it
+
+        def fit(optimizer, alone):
+            mine = poison if alone else np.split(poison, world.size, axis=1)[world.rank]
+            data = tf.data.Dataset.zip(batches(alone=alone), tf.data.Dataset.from_tensor_slices(mine))
+            model = perceptron()
+            model.compile(optimizer, "mse")
+            model.fit(data.map(lambda sample, bad: (sample[0] + bad, sample[1])), verbose=0)
+            return model.get_weights(), int(optimizer.iterations), float(optimizer.dynamic_scale)
+
+        def scaled():
+            return LossScaleOptimizer(Adam(0.01), initial_scale=1024.0)
+
+        weights, *state = fit(DistributedOptimizer(scaled()), alone=False)
+        alone, *state_alone = fit(scaled(), alone=True)
+        return distance(weights, alone), state, state_alone
+
+    for difference, state, state_alone in world2.run(overflow, timeout_s=60):
+        assert difference <= 1e-6
+        assert state == state_alone == [STEPS - 1, 512.0]
+
+
+def test_gradients_travel_once_per_update_however_many_batches_it_has(world2):
+    def count():
+        import horovod.tensorflow as hvd
+
+        from nurion_utils.training import DistributedOptimizer
+
+        sizes = {}
+        for name, wrap in {"plain": lambda optimizer: optimizer, "scaled": LossScaleOptimizer}.items():
+            seen = sizes[name] = []
+
+            def reduce(gradients, seen=seen):
+                seen.append(gradients.size)
+                average_with_mpi(gradients)
+
+            optimizer = wrap(SGD(0.1, gradient_accumulation_steps=5))
+            weights = train(DistributedOptimizer(optimizer, reducer=reduce))
+        with mock.patch.object(hvd, "grouped_allreduce", wraps=hvd.grouped_allreduce) as allreduce:
+            train(DistributedOptimizer(SGD(0.1, gradient_accumulation_steps=5)), eager=True)
+        return sizes, sum(w.size for w in weights), allreduce.call_count
+
+    sizes, parameters, calls = world2.run(count, timeout_s=60)[0]
+    assert calls == 2
+    assert sizes["plain"] == [parameters] * 2
+    assert sorted(sizes["scaled"]) == [1] * STEPS + [parameters] * 2  # and one number: has anyone overflown?
+
+
+def test_a_reducer_of_ones_own_trains_as_horovod_does(world2):
+    def compare():
+        from nurion_utils.training import DistributedOptimizer
+
+        with_horovod = train(DistributedOptimizer(Adam(0.01, global_clipnorm=0.1)))
+        own = train(DistributedOptimizer(Adam(0.01, global_clipnorm=0.1), reducer=average_with_mpi))
+        return distance(own, with_horovod)
+
+    assert max(world2.run(compare)) <= 1e-7
+
+
+def test_a_reducer_adds_up_sparse_gradients_before_keras_clips_them_and_differs_by_so_much(world2):
+    def compare():
+        from nurion_utils.training import DistributedOptimizer
+
+        def clipped(reducer):
+            return DistributedOptimizer(SGD(0.1, clipnorm=0.1), reducer=reducer)
+
+        plain = train(SGD(0.1, clipnorm=0.1), alone=True, make=embedding)
+        alone = train(clipped(lambda gradients: None), alone=True, make=embedding)
+        return distance(train(clipped(average_with_mpi), make=embedding), alone), distance(alone, plain)
+
+    for from_itself_alone, from_plain_keras in world2.run(compare):
+        assert from_itself_alone <= 1e-6
+        assert 1e-3 < from_plain_keras < 2e-2
+
+
+def test_op_and_compression_reach_horovod(world2):
+    def steps():
+        import horovod.tensorflow as hvd
+
+        from nurion_utils.training import DistributedOptimizer
+
+        def step(gradient, **how):
+            variable = keras.Variable([0.0, 0.0])
+            DistributedOptimizer(SGD(1.0), **how).apply([tf.constant(gradient)], [variable])
+            return (-variable.numpy()).tolist()
+
+        hvd.init()
+        across = [[1.0, 0.0], [0.0, 1.0]][hvd.rank()]
+        return (
+            step(across),
+            step(across, op=hvd.Sum),
+            step(across, op=hvd.Adasum),
+            step([2.0, 0.0], op=hvd.Adasum),
+            step([1 / 3, 1.0], compression=hvd.Compression.fp16),
+        )
+
+    average, total, adasum_across, adasum_along, compressed = world2.run(steps)[0]
+    assert average == [0.5, 0.5]
+    assert total == adasum_across == [1.0, 1.0]
+    assert adasum_along == [2.0, 0.0]
+    assert compressed == [float(np.float16(1 / 3)), 1.0]
+
+
+def test_ranks_that_have_made_different_layers_and_optimizers_still_find_each_other(world2):
+    def uneven():
+        from mpi4py.MPI import COMM_WORLD as world
+
+        from nurion_utils.training import DistributedOptimizer
+
+        for _ in range(3 * world.rank):  # shifts Keras' automatic names
+            train(SGD(), alone=True)
+        return distance(train(DistributedOptimizer(SGD(0.1))), train(SGD(0.1), alone=True))
+
+    assert max(world2.run(uneven, timeout_s=60)) <= 1e-6
+
+
+def test_two_optimizers_may_share_one_training_step(world2):
+    def both():
+        from nurion_utils.training import DistributedOptimizer
+
+        models = [perceptron(), perceptron()]
+        optimizers = [DistributedOptimizer(SGD(0.1)), DistributedOptimizer(SGD(0.1))]
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.build(model.trainable_variables)
+
+        @tf.function
+        def step(x, y):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_mean(tf.square(model(x) - y))
+                optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+
+        for batch in batches():
+            step(*batch)
+        alone = train(SGD(0.1), alone=True)
+        return [distance(model.get_weights(), alone) for model in models]
+
+    assert np.max(world2.run(both, timeout_s=60)) <= 1e-6
+
+
+def test_a_distributed_optimizer_is_saved_as_the_one_it_was(world2):
+    def configurations():
+        from nurion_utils.training import DistributedOptimizer
+
+        @keras.saving.register_keras_serializable("lab")
+        class Own(SGD):
+            pass
+
+        pairs = []
+        for optimizer in (Adam(0.1, clipnorm=1.0), LossScaleOptimizer(SGD()), Own()):
+            before = keras.saving.serialize_keras_object(optimizer)
+            pairs.append((before, keras.saving.serialize_keras_object(DistributedOptimizer(optimizer))))
+        return pairs
+
+    for before, after in world2.run(configurations)[0]:
+        assert before == after
+
+
+ALONE = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("horovod", "nurion_utils", "mpi4py"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocked())
+import keras, numpy as np
+saved, data, result = sys.argv[1:]
+model = keras.models.load_model(saved)
+for x, y in zip(*np.load(data).values()):
+    model.train_on_batch(x, y)
+np.savez(result, *model.get_weights())
+"""
+
+
+def test_a_saved_model_goes_on_without_this_package_and_on_other_numbers_of_ranks(world2, world4, tmp_path):
+    def begin(path):
+        from mpi4py.MPI import COMM_WORLD as world
+
+        from nurion_utils.training import DistributedOptimizer
+
+        model = perceptron()
+        model.compile(DistributedOptimizer(Adam(0.01, clipnorm=0.5)), "mse")
+        model.fit(batches().take(STEPS // 2), verbose=0)
+        if world.rank == 0:
+            model.save(path)
+        model.fit(batches(STEPS // 2), verbose=0)
+        return model.get_weights()
+
+    def go_on(path):
+        from nurion_utils.training import DistributedOptimizer
+
+        model = keras.models.load_model(path)
+        model.compile(DistributedOptimizer(model.optimizer), "mse")
+        model.fit(batches(STEPS // 2), verbose=0)
+        return model.get_weights()
+
+    saved, data, result = (str(tmp_path / name) for name in ("saved.keras", "data.npz", "result.npz"))
+    uninterrupted = world2.run(begin, saved, timeout_s=60)[0]
+    x, y = zip(*batches(STEPS // 2, alone=True).as_numpy_iterator(), strict=True)
+    np.savez(data, x=x, y=y)
+    subprocess.run([sys.executable, "-c", ALONE, saved, data, result], check=True, timeout=120)
+    assert distance(list(np.load(result).values()), uninterrupted) <= 1e-6
+    for weights in world4.run(go_on, saved, timeout_s=60):
+        assert distance(weights, uninterrupted) <= 1e-6
+
+
+SINGLE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_optimizer_contract import *
+import horovod.tensorflow as hvd
+from nurion_utils.training import DistributedOptimizer
+
+plain = train(Adam(0.01), alone=True)
+assert distance(train(DistributedOptimizer(Adam(0.01), reducer=lambda g: None), alone=True), plain) == 0
+assert not hvd.is_initialized()
+assert distance(train(DistributedOptimizer(Adam(0.01)), alone=True), plain) == 0
+assert hvd.size() == 1
+"""
+
+
+def test_one_process_without_mpiexec_trains_as_plain_keras_and_a_reducer_needs_no_horovod():
+    here = __file__.rpartition("/")[0]
+    run = subprocess.run([sys.executable, "-c", SINGLE, here], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,157 @@
+"""What a machine is: descriptions that are complete, sourced, and refused with the line that is wrong."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nurion_utils import sites
+from nurion_utils.sites.__main__ import main
+
+NURION = (sites._DIRECTORY / "nurion.toml").read_text()
+
+
+def refusal(directory, text):
+    """The error that reading ``text`` as a site's file gives, and the line it names."""
+    path = directory / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(sites.SiteError) as caught:
+        sites.read(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}, line ")
+    return message, int(re.match(r", line (\d+)", message[len(str(path)) :])[1])
+
+
+def test_rpeak_follows_from_the_figures_within_half_a_per_cent():
+    nurion = sites.load("nurion")
+    assert nurion.rpeak_pflops == pytest.approx(nurion.performance.rpeak_quoted_pflops, rel=5e-3)
+    assert nurion.rpeak_pflops == pytest.approx(25.7, rel=5e-3)
+
+
+def test_figures_are_plain_numbers_and_their_provenance_is_one_step_away():
+    nurion = sites.load("nurion")
+    assert nurion.node.memory_usable_gb == 82
+    assert nurion.partitions["skylake"].cores == 40
+    assert nurion.file_systems["scratch"].bandwidth_gb_per_s == 300
+    figure = nurion.fabric.figures["link_gb_per_s"]
+    assert (figure.value, figure.status) == (nurion.fabric.link_gb_per_s, "remembered")
+
+
+def test_the_tree_of_the_fabric_is_consistent():
+    nurion = sites.load("nurion")
+    fabric = nurion.fabric
+    assert fabric.edge_down + fabric.edge_up == fabric.edge_ports
+    assert fabric.edge_up / fabric.edge_down == 1 - fabric.blocking_percent / 100
+    nodes = sum(node.count for node in nurion.partitions.values())
+    assert fabric.edge_switches * fabric.edge_down >= nodes
+    assert fabric.directors * fabric.director_ports >= fabric.edge_switches * fabric.edge_up
+
+
+@pytest.mark.parametrize("name", sites.names())
+def test_every_figure_names_its_source(name):
+    table = sites.load(name).table()
+    assert list(table.columns) == ["figure", "value", "unit", "status", "source"]
+    assert (table["source"].str.len() > 0).all()
+    assert set(table["status"]) <= {"read", "remembered", "derived", "measured", "chosen"}
+
+
+def test_a_source_given_by_its_short_name_is_spelt_out():
+    nurion = sites.load("nurion")
+    short = {figure.source for _, part in nurion.parts() for figure in part.figures.values()}
+    assert {"paper", "guide"} <= short & set(nurion.sources)
+
+
+def test_the_local_machine_is_measured_when_it_is_loaded():
+    node = sites.load("local").node
+    assert node.figures["cores"].status == "measured"
+    assert 1 <= node.cores <= len(os.sched_getaffinity(0))
+    assert 0 < node.memory_usable_gb <= node.memory_gb
+    assert sites.load("local").ranks.max_ranks >= 4
+
+
+def test_a_measured_figure_follows_the_cores_a_process_is_given():
+    code = "from nurion_utils import sites; print(sites.load('local').node.cores)"
+    pinned = f"import os; os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}}); {code}"
+    result = subprocess.run([sys.executable, "-c", pinned], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "1"
+
+
+def test_an_unknown_site_is_refused_with_those_that_exist():
+    with pytest.raises(sites.SiteError, match=r"no site 'fugaku'.*local, nurion"):
+        sites.load("fugaku")
+
+
+def test_the_peak_of_a_node_without_a_clock_is_not_invented():
+    with pytest.raises(sites.SiteError, match="clock_ghz"):
+        _ = sites.load("local").rpeak_pflops
+
+
+def test_figures_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        sites.load("nurion").node.cores = 1
+
+
+ENTRIES = [
+    (number, line)
+    for number, line in enumerate(NURION.splitlines(), start=1)
+    if re.match(r"\w+ += \{ value", line)
+]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    entry=st.sampled_from(ENTRIES),
+    mutation=st.sampled_from(["no source", "unknown status", "wrong type", "bare value", "misspelt key"]),
+)
+def test_a_wrong_entry_is_refused_naming_its_line_and_key(tmp_path, entry, mutation):
+    number, line = entry
+    key = line.split()[0]
+    changed = {
+        "no source": re.sub(r", source = .*", " }", line),
+        "unknown status": re.sub(r'status = "\w+"', 'status = "guessed"', line),
+        "wrong type": re.sub(r"value = .*, status", "value = true, status", line),
+        "bare value": f"{key} = 7",
+        "misspelt key": f"x{line}",
+    }[mutation]
+    lines = NURION.splitlines()
+    lines[number - 1] = changed
+    message, found = refusal(tmp_path, "\n".join(lines))
+    assert found == number and key in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("value = 68,", "value = -3,", "greater than 0, not -3"),
+        ('status = "derived", source = "48', 'status = "invented", source = "48', "'read', 'remembered'"),
+        ("[fabric]", "[fabrik]", "the known ones are: .*fabric"),
+        ("edge_up ", "edge_upp ", "edge_upp: no such entry is known here; .*edge_up,"),
+        ("\nedge_up ", "\n# edge_up ", "edge_up: this entry is missing"),
+        ("[partitions.knl]", "[partition.knl]", "line 11: partition: no such entry"),
+        ("clock_ghz             = {", "clock_ghz             = ", "this is not TOML"),
+    ],
+)
+def test_a_refusal_says_what_would_be_right(tmp_path, old, new, says):
+    assert old in NURION
+    message, line = refusal(tmp_path, NURION.replace(old, new, 1))
+    assert re.search(says, message)
+    assert "\n" not in message
+
+
+def test_the_command_shows_a_site_and_lists_all(capsys):
+    assert main(["show", "nurion"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"memory_usable_gb +82\.0 +GB +read +guide \(cache mode\)", shown)
+    assert main(["list"]) == 0
+    assert capsys.readouterr().out.split("\n")[1].startswith("nurion")
+    assert main(["show", "nowhere"]) == 2
+    assert "local, nurion" in capsys.readouterr().err
+
+
+def test_importing_the_package_loads_no_pydantic():
+    code = "import sys, nurion_utils; sys.exit('pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

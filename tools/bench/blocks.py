@@ -1,0 +1,59 @@
+"""The method of every bench: short blocks of work, contenders in turn, a ratio per pair of neighbours."""
+
+import time
+from collections.abc import Callable
+
+import pandas as pd
+import psutil
+
+QUIET_CORES = 0.05  # more CPU than this, in cores, taken by others spoils a block
+MAX_ATTEMPTS = 3  # times as many pairs as were asked for, before a busy machine's are taken
+
+
+def alternate(contenders: dict[str, Callable[[], float]], pairs: int) -> pd.DataFrame:
+    """Run one block of each contender in turn, until `pairs` such turns were not disturbed.
+
+    Parameters
+    ----------
+    contenders
+        By name, what runs one block and returns its time in seconds (of a step, a start, an import).
+    pairs
+        Undisturbed turns wanted. After three times as many turns the machine counts as busy.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per block: ``pair``, ``contender``, ``time_s``, ``others_cores`` (CPU time that processes other
+        than this one and its descendants, and other guests of the host, took meanwhile, per second), ``disturbed``
+        (whether a block of this pair had too much of that).
+    """
+    names = list(contenders)
+    rows, quiet = [], 0
+    for pair in range(MAX_ATTEMPTS * pairs):
+        first = pair % len(names)  # whoever comes first may find the machine in another state
+        worst = 0.0
+        for name in names[first:] + names[:first]:
+            begin, others_begin = time.perf_counter(), _others_s()
+            time_s = contenders[name]()
+            others_cores = (_others_s() - others_begin) / (time.perf_counter() - begin)
+            worst = max(worst, others_cores)
+            rows.append((pair, name, time_s, others_cores))
+        quiet += worst <= QUIET_CORES
+        if quiet == pairs:
+            break
+    table = pd.DataFrame(rows, columns=["pair", "contender", "time_s", "others_cores"])
+    table["disturbed"] = table.groupby("pair")["others_cores"].transform("max") > QUIET_CORES
+    return table
+
+
+def _others_s() -> float:
+    """CPU time of the machine less that of this process and all below it, in seconds."""
+    machine = psutil.cpu_times()
+    busy = machine.user + machine.nice + machine.system + machine.irq + machine.softirq + machine.steal
+    own = 0.0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        try:
+            own += sum(process.cpu_times()[:4])  # user and system, its own and of its ended children
+        except psutil.NoSuchProcess:
+            continue  # its parent has its time now
+    return busy - own

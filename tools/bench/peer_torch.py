@@ -1,0 +1,55 @@
+"""The peer: PyTorch's DistributedDataParallel over gloo, in the memory layout in which it is faster."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+
+
+class SamePadding(nn.ConstantPad3d):
+    """Keras' "same": where the padding is odd, the one voxel more is at the end."""
+
+    def __init__(self, width: int):
+        super().__init__(((width - 1) // 2, width // 2) * 3, 0.0)
+
+
+def network(size: int, outputs: int = 3) -> nn.Module:
+    """`nurion_utils.training.models.cosmoflow_small`, layer by layer."""
+
+    def convolution(before: int, after: int, width: int) -> list[nn.Module]:
+        # An odd kernel pads by itself, which is faster.
+        pad = [] if width % 2 else [SamePadding(width)]
+        return [*pad, nn.Conv3d(before, after, width, padding=width // 2 if width % 2 else 0), nn.LeakyReLU(0.2)]
+
+    layers: list[nn.Module] = []
+    before, channels = 1, 16
+    while size > 4:
+        layers += [*convolution(before, channels, 3), nn.AvgPool3d(2)]
+        size, before, channels = size // 2, channels, channels * 2
+    layers += convolution(before, channels, 3)
+    before, channels = channels, channels // 2
+    layers += [*convolution(before, channels, 2), nn.AdaptiveAvgPool3d(1), nn.Flatten()]
+    layers += [nn.Linear(channels, 64), nn.LeakyReLU(0.2), nn.Linear(64, outputs)]
+    return nn.Sequential(*layers)
+
+
+def prepare(rank: int, directory: Path, size: int, batch: int) -> Callable[[], float]:
+    """Return a function that takes one training step together with the other rank."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    layout = torch.channels_last_3d
+    model = nn.parallel.DistributedDataParallel(network(size).to(memory_format=layout), gradient_as_bucket_view=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    x = torch.randn(batch, 1, size, size, size).contiguous(memory_format=layout)
+    y = torch.randn(batch, 3)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step

@@ -1,0 +1,161 @@
+"""Measure this project against its peers, side by side.
+
+    python tools/bench/run.py [NAME ...]      all rows of `ROWS`, or those named
+
+Each row is written to build/bench/NAME.json with all its blocks; build/bench/table.md shows all rows measured so
+far. A further bench is a file with a ``measure`` that returns ``pair, contender, time_s``, and a row here.
+"""
+
+import importlib
+import json
+import operator
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+OUTPUT = ROOT / "build" / "bench"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison, and the bar that it must meet."""
+
+    name: str
+    title: str
+    module: str  # in this folder
+    ours: str  # contenders, as `measure` calls them
+    peer: str
+    figure: str  # what is held to the bar, a key of FIGURES
+    bar: float
+    settings: dict[str, Any] = field(default_factory=dict)  # what `measure` is called with
+    samples: int | None = None  # in a step of both ranks; the contenders are then shown in samples per second
+
+
+# Per pair of times: ours, peer -> the figure; how it relates to the bar; its unit.
+FIGURES = {
+    "speed": (lambda ours, peer: peer / ours, ">=", "x"),
+    "time": (lambda ours, peer: ours / peer, "<=", "x"),
+    "extra time": (lambda ours, peer: (ours - peer) * 1e3, "<", "ms"),
+    "own time": (lambda ours, peer: ours, "<", "s"),
+}
+
+MEETS = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
+
+VOLUMES_64, VOLUMES_32 = {"size": 64, "batch": 2}, {"size": 32, "batch": 4}
+ROWS = [
+    Row("allreduce_64", "2 ranks with allreduce against without, 64^3 volumes, batch 2", "allreduce",
+        "distributed", "alone", "speed", 0.95, VOLUMES_64, 4),
+    Row("allreduce_32", "2 ranks with allreduce against without, 32^3 volumes, batch 4", "allreduce",
+        "distributed", "alone", "speed", 0.90, VOLUMES_32, 8),
+    Row("torch", "the same training in PyTorch DistributedDataParallel, 64^3, batch 2", "peers",
+        "distributed", "torch", "speed", 1.8, VOLUMES_64, 4),
+    Row("tensorflow", "the same training in MultiWorkerMirroredStrategy, 64^3, batch 2", "peers",
+        "distributed", "tensorflow", "speed", 1.3, VOLUMES_64, 4),
+    Row("wrapper", "DistributedOptimizer against a grouped allreduce by hand, 32^3, batch 4", "wrapper",
+        "distributed", "by hand", "extra time", 1.0, VOLUMES_32),
+    Row("import", "import nurion_utils; import ipyparallel for scale", "imports",
+        "nurion_utils", "ipyparallel", "own time", 0.2),
+    Row("start", "start of 4 ranks against a plain ipyparallel.Cluster", "start",
+        "nurion_utils", "ipyparallel", "time", 0.6),
+]  # fmt: skip
+
+
+def summarise(row: Row, blocks: pd.DataFrame) -> dict[str, Any]:
+    """Hold the figure of the undisturbed pairs to the bar.
+
+    Where most pairs were disturbed, the machine was busy: then all pairs count, and meet or miss no bar.
+    """
+    disturbed = blocks.get("disturbed", pd.Series(False, blocks.index))
+    pairs = blocks["pair"].nunique()
+    quiet = blocks[~disturbed]
+    dropped = pairs - quiet["pair"].nunique()
+    busy = dropped > pairs / 2
+    times = (blocks if busy else quiet).pivot(index="pair", columns="contender", values="time_s")
+    ours, peer = times[row.ours], times[row.peer]
+    formula, relation, unit = FIGURES[row.figure]
+    low, quarter, median, three_quarters, high = np.quantile(formula(ours, peer), [0, 0.25, 0.5, 0.75, 1])
+    shown = (lambda time_s: row.samples / time_s) if row.samples else (lambda time_s: time_s)
+    return {
+        "name": row.name,
+        "title": row.title,
+        "ours": shown(ours.median()),
+        "peer": shown(peer.median()),
+        "unit": "samples/s" if row.samples else "s",
+        "ratio": (peer / ours if row.figure == "speed" else ours / peer).median(),
+        "figure": row.figure,
+        "figure_unit": unit,
+        "median": median,
+        "spread": [low, quarter, three_quarters, high],
+        "bar": f"{relation} {row.bar:g}",
+        "met": None if busy else bool(MEETS[relation](median, row.bar)),
+        "pairs": len(times),
+        "dropped": 0 if busy else dropped,
+        "command": f".venv/bin/python tools/bench/run.py {row.name}",
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A Markdown table of rows as `summarise` makes them."""
+    lines = [
+        "| what | ours | peer | figure: median | min, quartiles, max | bar | met | pairs (dropped) |",
+        "|---|--:|--:|--:|--:|--:|---|--:|",
+    ]
+    for r in results:
+        low, quarter, three_quarters, high = (f"{value:.3g}" for value in r["spread"])
+        cells = [
+            r["title"],
+            *(f"{r[who]:.3g} {r['unit']}" for who in ("ours", "peer")),
+            f"{r['figure']}: {r['median']:.3g} {r['figure_unit']}",
+            f"{low}, {quarter} - {three_quarters}, {high}",
+            f"{r['bar']} {r['figure_unit']}",
+            {True: "yes", False: "no", None: "machine busy"}[r["met"]],
+            f"{r['pairs']} ({r['dropped']})",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _machine() -> dict[str, Any]:
+    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "processor": model[0].split(":")[1].strip() if model else platform.machine(),
+        "cores": psutil.cpu_count(),
+        "load_average_before": psutil.getloadavg()[0],
+        "when": time.strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def main(names: list[str]) -> None:
+    known = {row.name: row for row in ROWS}
+    if unknown := set(names) - set(known):
+        sys.exit(f"There is no bench {', '.join(sorted(unknown))}; choose from {', '.join(known)}.")
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    machine = _machine()
+    if machine["load_average_before"] > 0.5:
+        print(f"The load average is {machine['load_average_before']:.1f}: on a busy machine these figures mean little.")
+    measured: dict[str, pd.DataFrame] = {}  # rows with the same blocks share them
+    for row in [known[name] for name in names] or ROWS:
+        key = json.dumps([row.module, row.settings])
+        if key not in measured:
+            print(f"Measuring: {row.title} ...", flush=True)
+            measured[key] = importlib.import_module(row.module).measure(**row.settings)
+        result = summarise(row, measured[key])
+        blocks = measured[key].to_dict("records")
+        text = json.dumps({**result, "machine": machine, "row": asdict(row), "blocks": blocks}, indent=1)
+        (OUTPUT / f"{row.name}.json").write_text(text)
+        files = [OUTPUT / f"{row.name}.json" for row in ROWS]
+        text = table([json.loads(file.read_text()) for file in files if file.exists()])
+        (OUTPUT / "table.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
