@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["health", "ranks", "sites", "training"]
+__all__ = ["allreduce", "health", "ranks", "sites", "training"]
 
 
 def __getattr__(name: str) -> Any:
