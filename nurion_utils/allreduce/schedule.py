@@ -7,6 +7,7 @@ costs it, `simulate` sends it through a fabric, `draw` and `animate` show it, `c
 from __future__ import annotations
 
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ class Schedule:
         return (self.ranks, self.chunks, self.steps) == (other.ranks, other.chunks, other.steps)
 
     def __hash__(self) -> int:
-        return hash((self.ranks, self.chunks, self.steps))
+        return self.fingerprint
 
     def __repr__(self) -> str:
         return f"<{self.name} on {self.ranks} ranks: {len(self.steps)} steps, {self.chunks} chunks>"
@@ -144,6 +145,13 @@ class Schedule:
         width = len(str(len(self.steps)))
         lines = [f"{self.name} on {self.ranks} ranks, {self.chunks} chunks   (+> reduces, => copies)"]
         return "\n".join([*lines, *(f"step {i:{width}}   {step}" for i, step in enumerate(self.steps))])
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """A number that differs between schedules, so that ranks can find out whether they follow the same one."""
+        rows = [np.stack([s.source, s.destination, s.chunk, s.count, s.reduce], axis=1) for s in self.steps]
+        text = repr((self.ranks, self.chunks, len(rows))).encode() + b"".join(row.tobytes() for row in rows)
+        return zlib.crc32(text)
 
     # -- counting ---------------------------------------------------------------------------------------------
 
@@ -262,6 +270,7 @@ def whole_number(value: Any, name: str, least: int = 1) -> int:
 
 
 def size(size_bytes: Any) -> float:
-    if isinstance(size_bytes, bool) or not isinstance(size_bytes, int | float | np.number) or not 0 <= size_bytes < 1e18:
+    number = isinstance(size_bytes, int | float | np.number) and not isinstance(size_bytes, bool)
+    if not (number and 0 <= size_bytes < 1e18):
         raise ValueError(f"size_bytes must be a number of bytes from 0 up, not {size_bytes!r}")
     return float(size_bytes)

@@ -1,0 +1,167 @@
+"""The faster executor for ranks of one node: the same schedules over memory that all of them see.
+
+A message between two ranks of a node is copied into the MPI library's memory and out of it again.  Here the arrays
+themselves lie in a shared window, so that the receiver reads the sender's chunk where it is, and a step needs no
+message at all, only the knowledge that the chunk is ready.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from mpi4py import MPI
+
+from nurion_utils.allreduce.running import OPERATIONS, TYPES, agree
+from nurion_utils.allreduce.schedule import Schedule, whole_number
+
+LINE = 64  # bytes of a cache line: counters that different ranks write must not share one
+SPINS = 200  # looks at a counter before the core is offered to somebody else
+
+
+class SharedArray:
+    """One array per rank, all in memory that every rank of the node can read.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+        Ranks of one node; all of them create it together, with the same arguments.
+    n : int
+        Number of elements.
+    dtype
+        float16, float32, float64, int32 or int64.
+
+    Attributes
+    ----------
+    array : numpy.ndarray
+        This rank's own array, of shape (n,); fill it, call `allreduce`, read it.
+
+    Raises
+    ------
+    ValueError
+        On every rank, when the arguments cannot be used or differ, or when the ranks share no memory.
+    """
+
+    def __init__(self, comm: MPI.Comm, n: int, dtype: Any = "float32"):
+        everyone = comm.allgather((_problem(n, dtype), str(n), str(dtype)))
+        if problems := [f"rank {rank}: {problem}" for rank, (problem, *_) in enumerate(everyone) if problem]:
+            raise ValueError("; ".join(problems))
+        if len({*everyone}) > 1:
+            raise ValueError(f"all ranks must ask for the same array, not {', '.join(sorted({*everyone}))}")
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        apart = comm.allreduce(node.size, op=MPI.MIN) < comm.size
+        node.Free()
+        if apart:
+            raise ValueError("the ranks of a SharedArray must be on one node; use Schedule.run between nodes")
+        self._comm = comm.Dup()
+        self._type = np.dtype(dtype)
+        n_bytes = 2 * LINE + n * self._type.itemsize
+        self._window = MPI.Win.Allocate_shared(-(-n_bytes // LINE) * LINE, comm=self._comm)
+        memory = [self._window.Shared_query(rank)[0] for rank in range(comm.size)]
+        self._arrays = [np.frombuffer(m, self._type, count=n, offset=2 * LINE) for m in memory]
+        # For every rank: how far its values are right, and how far it has read those of others, counted in steps.
+        self._ready = [memoryview(m)[:8].cast("q") for m in memory]
+        self._read = [memoryview(m)[LINE : LINE + 8].cast("q") for m in memory]
+        self._ready[comm.rank][0] = self._read[comm.rank][0] = self._base = 0
+        self._window.Lock_all()
+        self._comm.Barrier()
+        self.array = self._arrays[comm.rank]
+
+    def allreduce(self, schedule: Schedule, op: str = "sum") -> None:
+        """Do what ``schedule.run(comm, array, op)`` does, with the same result to the last bit."""
+        comm = self._comm
+        agree(comm, schedule, self.array, op)
+        me, combine, base = comm.rank, OPERATIONS[op], self._base
+        ready, read, wait = self._ready[me], self._read[me], self._wait
+        for step, source, r0, r1, reduce, apart, readers in _moves(schedule, me, self.array.size):
+            self._window.Sync()  # what was written is there before the counter says so
+            ready[0] = base + step
+            mine = self.array[r0:r1]
+            if source is not None:
+                wait(self._ready[source], base + step)
+                theirs = self._arrays[source][r0:r1]
+                if apart:
+                    theirs = theirs.copy()
+                    read[0] = base + step + 1
+            for reader, their_step in readers:  # who must have read what is about to be overwritten
+                wait(self._read[reader], base + their_step + 1)
+            if source is not None:
+                if reduce:
+                    combine(mine, theirs, mine)
+                else:
+                    mine[:] = theirs
+            self._window.Sync()
+            read[0] = base + step + 1
+        self._window.Sync()
+        self._base += len(schedule.steps)
+        ready[0] = read[0] = self._base
+        for reader, step in _last_readers(schedule, me):  # then the caller may write again
+            wait(self._read[reader], base + step + 1)
+        if op == "mean":
+            self.array /= comm.size
+
+    def _wait(self, counter: memoryview, least: int) -> None:
+        looks = 0
+        while counter[0] < least:
+            looks += 1
+            if looks > SPINS:
+                os.sched_yield()
+        self._window.Sync()
+
+    def close(self) -> None:
+        """Give the memory back; all ranks together.  The arrays must not be used any more."""
+        self.array = self._arrays = self._ready = self._read = None
+        self._window.Unlock_all()
+        self._window.Free()
+        self._comm.Free()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:  # otherwise the other ranks may never come to close it together
+            self.close()
+
+
+class _Move(NamedTuple):
+    step: int
+    source: int | None
+    first: int
+    last: int
+    reduce: bool
+    apart: bool  # what I write is being read in this very step, perhaps by the rank I read from
+    readers: list[tuple[int, int]]  # rank and step of those that read, up to now, what I am to overwrite
+
+
+@lru_cache(maxsize=64)
+def _moves(schedule: Schedule, rank: int, n: int) -> list[_Move]:
+    moves, sent = [], []
+    for a in schedule.actions(rank):
+        if a.send_to is not None:
+            sent.append((a.send_to, a.step, *a.send))
+        r0, r1 = a.receive
+        readers = {reader: step for reader, step, s0, s1 in sent if s0 < r1 and r0 < s1}
+        first, last = (chunk * n // schedule.chunks for chunk in a.receive)
+        apart = a.step in readers.values()
+        moves.append(_Move(a.step, a.receive_from, first, last, a.reduce, apart, list(readers.items())))
+    return moves
+
+
+@lru_cache(maxsize=64)
+def _last_readers(schedule: Schedule, rank: int) -> list[tuple[int, int]]:
+    return list({a.send_to: a.step for a in schedule.actions(rank) if a.send_to is not None}.items())
+
+
+def _problem(n: Any, dtype: Any) -> str:
+    try:
+        whole_number(n, "the number of elements", least=0)
+        if np.dtype(dtype) not in TYPES:
+            return f"dtype must be float16, float32, float64, int32 or int64, not {dtype!r}"
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
