@@ -50,7 +50,8 @@ class SharedArray:
         if problems := [f"rank {rank}: {problem}" for rank, (problem, *_) in enumerate(everyone) if problem]:
             raise ValueError("; ".join(problems))
         if len({*everyone}) > 1:
-            raise ValueError(f"all ranks must ask for the same array, not {', '.join(sorted({*everyone}))}")
+            asked = sorted({f"{n} x {dtype}" for _, n, dtype in everyone})
+            raise ValueError(f"all ranks must ask for the same array, not {', '.join(asked)}")
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         apart = comm.allreduce(node.size, op=MPI.MIN) < comm.size
         node.Free()
