@@ -75,8 +75,9 @@ def hierarchical(ranks: int, ranks_per_node: int) -> Schedule:
     leaders = everyone[::ranks_per_node]
     between = ring(len(leaders))
     up = list(_binomial(everyone, everyone % ranks_per_node, between.chunks))
-    around = [Step(*map(_fixed, (leaders[s.source], leaders[s.destination])), s.chunk, s.count, s.reduce)
-              for s in between.steps]  # fmt: skip
+    shared = {id(column): column for step in between.steps for column in (step.source, step.destination)}
+    columns = {key: _fixed(leaders[column]) for key, column in shared.items()}
+    around = [Step(columns[id(s.source)], columns[id(s.destination)], s.chunk, s.count, s.reduce) for s in between.steps]
     return Schedule("hierarchical", ranks, between.chunks, (*up, *around, *map(_reversed, reversed(up))))
 
 

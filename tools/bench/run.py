@@ -66,6 +66,19 @@ ROWS = [
     Row("start", "start of 4 ranks against a plain ipyparallel.Cluster", "start",
         "nurion_utils", "ipyparallel", "time", 0.6),
 ]  # fmt: skip
+# Time of our allreduces by that of MPI's own, by ranks and by size of the array.
+SIZES = {"4 KiB": 2**12, "64 KiB": 2**16, "1 MiB": 2**20, "16 MiB": 2**24, "256 MiB": 2**28}
+ROWS += [
+    Row(f"{ours}_{n}_{size.replace(' ', '')}", f"{title} against native Allreduce, {n} ranks, {size}", "collective",
+        ours, "native", "time", bar, {"n_ranks": n, "size_bytes": SIZES[size]})
+    for n in (2, 4)
+    for ours, title, bars in (
+        ("ring", "ring", [2.5, 1.5, 1.0, 1.0, 1.0] if n == 2 else [2.5] * 5),
+        ("shared", "ring in shared memory", [None, None, 0.6, 0.6, 0.6]),
+    )
+    for size, bar in zip(SIZES, bars, strict=True)
+    if bar
+]  # fmt: skip
 
 
 def summarise(row: Row, blocks: pd.DataFrame) -> dict[str, Any]:

@@ -1,0 +1,704 @@
+# %% [markdown]
+# # Ring-allreduce: build it, prove it, carry it to 8305 nodes
+#
+# **Goal:** write the ring-allreduce on real ranks, prove that it sends as few bytes as any algorithm can, and find out where it is nevertheless the wrong choice.
+#
+# **You will be able to:** say how many messages and bytes an allreduce costs; write one and check it without running it; measure latency and bandwidth and predict times from them; choose an algorithm for a message and a number of nodes; say what a bad placement of ranks costs.
+#
+# **Prerequisites:** [Data-parallel training](01_data_parallel_training.ipynb), or at least its idea: every step ends with an average over all ranks.
+#
+# **Minutes:** 40 to read and run; the cells alone take about 1 on 2 cores
+#
+# ## The task
+#
+# Each of $P$ ranks holds an array of $N$ bytes. Afterwards each rank shall hold the sum of all $P$ arrays, element by element. For a network with 7 million weights $N$ is 28 MB, and it happens in every training step.
+#
+# **Predict** before you read on, and write your answers down:
+#
+# - Rank 0 collects all arrays, adds them up and sends the sum back. How many bytes pass through its network link, with 4 ranks and with 8305?
+# - Is there a way in which no rank sends more than, say, $3N$ bytes, however many ranks there are?
+
+# %% tags=["parameters"]
+n_ranks: int = 4  # ranks that run the schedules, 3 to 8; the prints are made for 4
+timing_repeats: int = 5  # repetitions of each timing; 20 narrow the spread
+lab_ranks: list = [2, 4]  # hosts in the network lab; [2, 4, 8] takes half a minute more
+lab_rate_mbit: float = 200.0  # speed of the links in the lab, in 10^6 bits per second
+lab_sizes: list = [1024, 16384, 262144, 2097152]  # bytes; 16000000 shows the last few per cent
+
+# %%
+from nurion_utils import allreduce, ranks
+
+world = ranks.start(n_ranks)
+
+# %% [markdown]
+# ## Naive, by hand
+#
+# The obvious way first. Each rank's numbers are a power of ten, so that a sum shows who is in it: 1111 is the contribution of ranks 0 to 3, once each.
+
+# %%
+# %%px
+import numpy as np
+from mpi4py import MPI
+
+comm = MPI.COMM_WORLD
+rank, P = comm.rank, comm.size
+
+
+def naive_allreduce(array):
+    """Rank 0 takes all arrays, adds them up, and sends the sum back to one rank after the other."""
+    if rank == 0:
+        received = np.empty_like(array)
+        for source in range(1, P):
+            comm.Recv(received, source)
+            array += received
+        for destination in range(1, P):
+            comm.Send(array, destination)
+    else:
+        comm.Send(array, 0)
+        comm.Recv(array, 0)
+
+
+array = np.full(6, 10**rank)
+naive_allreduce(array)
+print(array)
+
+# %% [markdown]
+# Right on all ranks. But rank 0 received $(P-1)N$ bytes and sent as many, while the others' links were idle most of the time. With 8305 ranks and 28 MB that is 234 GB each way, about 19 s at the 12.3 GB/s of an Omni-Path link, in every training step.
+#
+# On your machine you would hardly notice: its ranks talk through memory, and rank 0 has no link that could clog. So here is a small network. The **lab** gives each rank a network of its own (Linux calls it a namespace), with a cable to a switch whose rate is limited. Where a machine does not permit this, the cell says why, and goes on with measurements that were recorded elsewhere.
+
+# %%
+import pandas as pd
+
+ALGORITHMS = {
+    "naive": allreduce.naive,
+    "tree": allreduce.tree,
+    "ring": allreduce.ring,
+    "recursive doubling": allreduce.recursive_doubling,
+    "Rabenseifner": allreduce.rabenseifner,
+}
+
+
+def contenders(n: int) -> dict:
+    """A schedule of each algorithm for n ranks, and None for MPI's own allreduce."""
+    return {name: algorithm(n) for name, algorithm in ALGORITHMS.items()} | {"native MPI": None}
+
+
+lab_tables, lab_origin = [], "measured here"
+try:
+    for n in lab_ranks:
+        with allreduce.lab(n, rate_mbit=lab_rate_mbit) as lab:
+            lab_tables.append(lab.measure(contenders(n), lab_sizes, repeats=3))
+    lab_table = pd.concat(lab_tables)
+except allreduce.LabError as error:
+    lab_table, lab_origin = allreduce.network.recorded(), "RECORDED on another machine"
+    print(str(error).splitlines()[0])
+largest = lab_table["size_bytes"].max()
+print(f"{len(lab_table)} observations, {lab_origin}")
+
+# %% [markdown]
+# The ring is in there already; what it is you will see in a moment. **Predict:** from 2 to 4 hosts, by what factor does the time of the naive way grow?
+
+# %% alt="Time of an allreduce of the largest array against the number of hosts in the network lab. Naive rises in proportion to the number of hosts less one, the ring stays below twice the time of sending the array once; dashed lines show the theory for both and lie just below the measurements."
+import matplotlib.pyplot as plt
+import numpy as np
+
+plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
+STYLES = {
+    "naive": dict(color="#D55E00", marker="s"),
+    "tree": dict(color="#E69F00", marker="v"),
+    "ring": dict(color="#0072B2", marker="o"),
+    "recursive doubling": dict(color="#009E73", marker="^"),
+    "Rabenseifner": dict(color="#CC79A7", marker="D"),
+    "native MPI": dict(color="black", marker="x"),
+}
+big = lab_table[lab_table["size_bytes"] == largest].groupby(["contender", "ranks"])[["time_s", "theory_s"]].median()
+figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+for name in ("naive", "ring"):
+    axis.plot(big.loc[name, "time_s"], label=f"{name}, {lab_origin}", **STYLES[name])
+    axis.plot(big.loc[name, "theory_s"], "--", color=STYLES[name]["color"], lw=1, label=f"{name}, theory")
+axis.set(xlabel="hosts", ylabel=f"time of an allreduce of {largest / 1e6:.1f} MB, s", ylim=(0, None))
+axis.set_xticks(sorted(lab_table["ranks"].unique()))
+axis.legend(frameon=False)
+plt.show()
+
+# %%
+above_theory = (big["time_s"] / big["theory_s"]).dropna().unstack().round(2)
+above_theory.loc[["naive", "ring"]].rename_axis(index="measured / theory", columns="hosts")
+
+# %% [markdown]
+# The time of the naive way grows with $P-1$, as the bytes through one link do. Something else is possible.
+#
+# ## The ring, step by step
+#
+# Cut the array into $P$ chunks. In every step each rank sends one chunk to its right neighbour and receives another one from its left. All links work all the time, and each carries only a $P$-th of the array per step.
+#
+# One number per chunk will do to watch it. Again every rank brings its power of ten.
+
+# %%
+# %%px
+chunks = np.full(P, 10**rank)
+right, left = (rank + 1) % P, (rank - 1) % P
+print(f"rank {rank}: {chunks}")
+
+
+def step_of_the_ring(step, reduce):
+    """Send chunk (rank - step) to the right; add what comes from the left to my own, or take it as it is."""
+    out, into = (rank - step) % P, (rank - step - 1) % P
+    received = np.empty(1, dtype=int)
+    comm.Sendrecv(chunks[out : out + 1], right, recvbuf=received, source=left)
+    chunks[into] = chunks[into] + received[0] if reduce else received[0]
+
+
+# %% [markdown]
+# **Predict:** in step 0 rank $r$ sends its chunk number $r$. Which chunk of rank 2 holds two contributions afterwards, and whose?
+
+# %%
+# %%px
+step_of_the_ring(0, reduce=True)
+print(f"rank {rank}: {chunks}")
+
+# %% [markdown]
+# Rank 2 received chunk 1 from rank 1, so its chunk 1 reads 110. In the next step rank 2 passes on just this chunk, which then collects rank 3's contribution, and so on. Each chunk travels round the ring and grows.
+
+# %%
+# %%px
+for step in range(1, P - 1):
+    step_of_the_ring(step, reduce=True)
+    print(f"after step {step}: {chunks}")
+
+# %% [markdown]
+# After $P-1$ steps every chunk is complete, 1111, on exactly one rank. This half is called **reduce-scatter**: the sum is there, scattered over the ranks. The second half, the **allgather**, hands the complete chunks round. It is the same motion: the same neighbours, the same chunk numbers counting on. Only now what comes is copied instead of added.
+
+# %%
+# %%px
+for step in range(P - 1, 2 * (P - 1)):
+    step_of_the_ring(step, reduce=False)
+    print(f"after step {step}: {chunks}")
+assert (chunks == sum(10**r for r in range(P))).all()
+
+# %% [markdown]
+# ## Prove it by counting
+#
+# The same for arrays of any length, with a count of what is sent. `np.array_split` cuts into nearly equal parts; they are views, so the array changes in place.
+
+# %%
+# %%px
+def ring_allreduce(array):
+    """Sum over all ranks, in place; returns the messages and bytes that this rank sent."""
+    parts, messages, bytes_sent = np.array_split(array, P), 0, 0
+    for step in range(2 * (P - 1)):
+        out, into = parts[(rank - step) % P], parts[(rank - step - 1) % P]
+        received = np.empty_like(into)
+        comm.Sendrecv(out, right, recvbuf=received, source=left)
+        into[:] = into + received if step < P - 1 else received
+        messages, bytes_sent = messages + 1, bytes_sent + out.nbytes
+    return messages, bytes_sent
+
+
+counts = {}
+for n in (1, 1000, 12345):
+    array = np.arange(n) * (rank + 1)
+    counts[n] = ring_allreduce(array)
+    assert (array == np.arange(n) * P * (P + 1) // 2).all()
+print({n: f"{messages} messages, {bytes_sent} bytes" for n, (messages, bytes_sent) in counts.items()})
+
+# %% [markdown]
+# **Check it against the claim:** each rank sends $2(P-1)$ messages, whatever the length. The bytes of all ranks together are $2(P-1)N$, so each sends
+#
+# $$\frac{2N(P-1)}{P}$$
+#
+# on average. Where $N$ cannot be divided by $P$, chunks differ by an element, and so do the ranks.
+
+# %%
+P = n_ranks
+counted = world.client[:]["counts"]
+for n in (1, 1000, 12345):
+    messages, bytes_sent = zip(*(of_rank[n] for of_rank in counted), strict=True)
+    assert set(messages) == {2 * (P - 1)}
+    assert sum(bytes_sent) == 2 * (P - 1) * 8 * n
+print(f"{2 * (P - 1)} messages per rank and {2 * (P - 1) / P:g} N bytes on average: proved for {P} ranks")
+
+# %% [markdown]
+# So your second prediction has its answer: for any number of ranks a rank sends *less than 2N bytes*. Patarasuk and Yuan (2009) showed that no algorithm can do with less than $2N(P-1)/P$. The ring is **bandwidth-optimal**.
+#
+# ## The plan as data
+#
+# What you have written is a plan buried in a loop: to see what rank 3 does in step 5 you must run it, or think. Written out as data it can be looked at, counted and checked before anything runs. A `Transfer` says who sends which chunk to whom, and whether it is reduced there. A `Step` is what happens at the same time. A `Schedule` is all steps.
+
+# %%
+from nurion_utils.allreduce import Schedule, Step, Transfer
+
+steps = [
+    Step.of([Transfer(r, (r + 1) % P, chunk=(r - step) % P, reduce=step < P - 1) for r in range(P)])
+    for step in range(2 * (P - 1))
+]
+my_ring = Schedule("my ring", ranks=P, chunks=P, steps=tuple(steps))
+print(my_ring)
+
+# %% [markdown]
+# Compare this with your loop: the same formula, once for all ranks. And it is what the package has; from here on we use that one.
+
+# %%
+assert my_ring == allreduce.ring(P)
+
+# %% alt="One panel before and one after each step of the ring; rows are ranks, columns chunks, and each cell says how many contributions are in it. In the reduce-scatter the complete chunks appear along a diagonal, in the allgather they spread to all ranks. Curved arrows mark transfers from each rank to the next."
+figure = my_ring.draw()
+
+# %% [markdown]
+# The same as a moving picture:
+
+# %% alt="An animation of the same panels, one step per second."
+my_ring.animate()
+
+# %% [markdown]
+# ### Right or wrong, without running
+#
+# `check` follows every rank's contribution to every chunk through the steps. Suppose someone has mistyped one of the chunks. On ranks you would get a wrong sum, and perhaps notice weeks later.
+
+# %%
+steps = [list(step) for step in my_ring.steps]
+steps[1][0] = steps[1][0]._replace(chunk=0)
+mistyped = Schedule("mistyped ring", P, P, tuple(Step.of(step) for step in steps))
+try:
+    mistyped.check()
+except allreduce.ScheduleError as error:
+    found = str(error)
+    print(found)
+
+# %% [markdown]
+# It also finds chunks that never arrive, and partners that would wait for each other for ever. `run` checks first, so a broken schedule never reaches the network.
+#
+# ### On the ranks
+#
+# `schedule.run(comm, array)` carries a schedule out: one `Sendrecv` and one addition per step, as you have written it. `CountingComm` counts at MPI's calls. **Predict:** which of the algorithms below sends the most messages per rank, and which the most bytes?
+
+
+# %%
+def count(schedule: Schedule, n: int) -> tuple[int, int]:
+    """What this rank really sends in an allreduce of n float32: messages, bytes."""
+    import numpy as np
+    from mpi4py import MPI
+
+    from nurion_utils.allreduce.measuring import CountingComm
+
+    comm = CountingComm(MPI.COMM_WORLD)
+    schedule.run(comm, np.ones(n, "float32"))
+    return comm.messages, comm.bytes_sent
+
+
+rows = []
+for name, schedule in contenders(P).items():
+    if schedule is not None:
+        sent = world.run(count, schedule, 100_000)
+        said = [(schedule.messages(r), schedule.bytes_sent(r, 400_000, itemsize=4)) for r in range(P)]
+        assert sent == said
+        messages, bytes_sent = zip(*sent, strict=True)
+        rows.append((name, len(schedule.steps), max(messages), max(bytes_sent) / 4e5, sum(bytes_sent) / 4e5))
+columns = ["algorithm", "steps", "messages of the busiest rank", "N sent by the busiest rank", "N sent by all"]
+volume = pd.DataFrame(rows, columns=columns).set_index("algorithm")
+volume.style.format("{:g}")
+
+# %% [markdown]
+# What was counted at the calls is what the schedules say, to the byte. Over the wires of the lab it was the same plus the headers of the network's packets:
+
+# %%
+wire = lab_table[(lab_table["size_bytes"] == largest) & lab_table["theory_s"].notna()]
+headers = ((wire["wire_bytes"] / wire["bytes_sent"] - 1) * 100).groupby(wire["contender"]).median()
+print(f"bytes on the wire beyond those of the schedule ({lab_origin}):")
+print(headers.map("{:.1f} %".format).to_string())
+
+# %% [markdown]
+# Where does the time go? A run can keep a trace. Here is the ring with 8 MB on your ranks; with more ranks than cores, much of it is waiting for a neighbour who has no core just now.
+
+
+# %% alt="A bar per rank over time. Grey stretches with the number of the step are sending and receiving, hatched blue stretches in the first half are reductions; the steps of neighbouring ranks follow one another closely."
+def traced(n: int) -> list[dict]:
+    import numpy as np
+    from mpi4py import MPI
+
+    from nurion_utils import allreduce
+
+    ring, array = allreduce.ring(MPI.COMM_WORLD.size), np.ones(n, "float32")
+    for _ in range(3):  # the last one counts: memory is warm then
+        trace = []
+        ring.run(MPI.COMM_WORLD, array, op="mean", trace=trace)
+    return trace
+
+
+trace = pd.DataFrame([row for rows in world.run(traced, 2_000_000) for row in rows])
+figure = allreduce.drawing.timeline(trace)
+
+# %% [markdown]
+# ## Time against size
+#
+# A message costs a start-up time $\alpha$, however short it is, and $\beta$ seconds per byte. The ring with its $2(P-1)$ messages then takes
+#
+# $$t = 2(P-1)\,\alpha + \frac{2N(P-1)}{P}\,\beta$$
+#
+# (adding up costs something as well, usually called $\gamma$; here it is counted in $\beta$). `schedule.time` works this out for any schedule.
+#
+# **Predict:** for which sizes will the ring lose against algorithms with fewer steps?
+
+# %%
+from nurion_utils.allreduce import measuring
+
+sizes = [2**k for k in range(10, 23)]
+times = measuring.measure(world, contenders(P), sizes, timing_repeats)
+times.groupby(["size_bytes", "contender"])["time_s"].median().unstack().mul(1e6).round(0).astype(int).iloc[::3]
+
+# %% [markdown]
+# (Microseconds.) From every other size we fit $\alpha$ and $\beta$ of each algorithm, and predict the sizes in between, which the fit has not seen.
+
+# %%
+fitted = measuring.fit(times[times["size_bytes"].isin(sizes[::2])], contenders(P))
+held_out = times[times["size_bytes"].isin(sizes[1::2])].groupby(["contender", "size_bytes"])["time_s"].median()
+held_out = held_out.reset_index()
+held_out["predicted_s"] = [
+    measuring.predict(fitted[row.contender], contenders(P)[row.contender], row.size_bytes) for row in held_out.itertuples()
+]
+held_out["error_percent"] = 100 * (held_out["predicted_s"] / held_out["time_s"] - 1).abs()
+median_error = held_out["error_percent"].median()
+table = pd.DataFrame({"alpha, us": {name: link.alpha_s * 1e6 for name, link in fitted.items()}})
+table["beta, ns/byte"] = [link.beta_s_per_byte * 1e9 for link in fitted.values()]
+table["median error of held-out sizes, %"] = held_out.groupby("contender")["error_percent"].median()
+print(f"median error over all held-out sizes: {median_error:.0f} %")
+table.style.format("{:.3g}")
+
+# %% alt="Time against size of the array in logarithmic axes for five algorithms and MPI's own. Points are measurements, lines the fitted model. All are flat up to some ten kilobytes, where latency rules, and rise in proportion to the size above."
+figure, (left_axis, right_axis) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+medians = times.groupby(["contender", "size_bytes"])["time_s"].median()
+for name, schedule in contenders(P).items():
+    style = STYLES[name]
+    left_axis.loglog(medians[name] * 1e6, ls="", ms=4, **style)
+    curve = [measuring.predict(fitted[name], schedule, size) * 1e6 for size in sizes]
+    left_axis.loglog(sizes, curve, color=style["color"], lw=1, label=name)
+    if name != "native MPI":
+        right_axis.semilogx(medians[name] / medians["native MPI"], label=name, lw=1, ms=4, **style)
+left_axis.set(xlabel="size of the array, bytes", ylabel="time, µs", title="points measured, lines fitted")
+right_axis.axhline(1, color="black", lw=0.8)
+right_axis.set(xlabel="size of the array, bytes", ylabel="time / time of native MPI", ylim=(0, None))
+right_axis.legend(frameon=False, fontsize=8)
+plt.show()
+
+# %% [markdown]
+# Two regimes meet: below some ten kilobytes **latency** rules, and a doubled message costs nothing; above, **bandwidth** does. One straight line with two parameters describes both within some 20 per cent, although caches, and protocols that change with the size, are not in it.
+#
+# How can a loop in Python be on a par with a library in C? For large arrays nearly all the time is copying and adding, which numpy and MPI do for us. For small ones the interpreter's overhead shows.
+#
+# On links that are slow against everything else the regimes separate more clearly. Back to the lab:
+
+# %% alt="Time against size in the network lab at the largest number of hosts, logarithmic axes. For small arrays recursive doubling and the tree are fastest and the ring slowest; for large ones ring, Rabenseifner and native MPI are fastest and naive is slowest by a factor of about four."
+n = lab_table["ranks"].max()
+here = lab_table[lab_table["ranks"] == n].groupby(["contender", "size_bytes"])["time_s"].median()
+figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+for name in here.index.unique("contender"):
+    axis.loglog(here[name] * 1e3, label=name, lw=1, ms=5, **STYLES[name])
+axis.set(xlabel="size of the array, bytes", ylabel="time, ms", title=f"{n} hosts in the lab, {lab_origin}")
+axis.legend(frameon=False, fontsize=8)
+plt.show()
+
+# %% [markdown]
+# ## Why Horovod fuses small tensors
+#
+# A network's gradient is not one array but one per layer, many of them small: biases, normalisation. **Predict** from your $\alpha$ and $\beta$: what is the gain of reducing 64 tensors of 4 kB as one of 256 kB?
+
+
+# %%
+def one_by_one_or_fused(n_tensors: int, n: int) -> tuple[float, float]:
+    """Seconds for n_tensors allreduces of n float32, and for a single one of them all; medians of 15."""
+    import time
+
+    import numpy as np
+    from mpi4py import MPI
+
+    from nurion_utils import allreduce
+
+    comm, ring = MPI.COMM_WORLD, allreduce.ring(MPI.COMM_WORLD.size)
+    times = {"one by one": [], "fused": []}
+    for _ in range(15):
+        for name, arrays in (("one by one", [np.ones(n, "f4")] * n_tensors), ("fused", [np.ones(n * n_tensors, "f4")])):
+            comm.Barrier()
+            begin = time.perf_counter()
+            for array in arrays:
+                ring.run(comm, array)
+            times[name].append(comm.allreduce(time.perf_counter() - begin, op=MPI.MAX))
+    return tuple(float(np.median(values)) for values in times.values())
+
+
+one_by_one_s, fused_s = world.run(one_by_one_or_fused, 64, 1024)[0]
+link, ring = fitted["ring"], allreduce.ring(P)
+predicted_gain = 64 * measuring.predict(link, ring, 4096) / measuring.predict(link, ring, 64 * 4096)
+print(f"one by one {one_by_one_s * 1e3:.2f} ms, fused {fused_s * 1e3:.2f} ms")
+print(f"gain {one_by_one_s / fused_s:.0f}, predicted {predicted_gain:.0f}")
+
+# %% [markdown]
+# This is *tensor fusion*: Horovod copies tensors that are ready at about the same time into one buffer (64 MB by default) and reduces that. The next notebook watches it do so.
+#
+# ## Train with your own ring
+#
+# An allreduce is the only thing that data-parallel training needs of the network. So put yours in: `DistributedOptimizer` takes a `reducer`, a function that averages a flat array over the ranks, in place of Horovod.
+
+
+# %%
+def twenty_steps(with_what: str) -> list:
+    """The weights after 20 training steps, gradients averaged by Horovod or by our ring."""
+    import horovod.tensorflow as hvd
+    import keras
+    from mpi4py import MPI
+
+    from nurion_utils import allreduce
+    from nurion_utils.training import DistributedOptimizer, Shard, digits, models
+
+    comm = MPI.COMM_WORLD
+    ring = allreduce.ring(comm.size)
+    keras.utils.set_random_seed(1)
+    network = models.mlp()
+    optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
+    if with_what == "horovod":
+        hvd.init()
+        optimizer = DistributedOptimizer(optimizer)
+    else:
+        optimizer = DistributedOptimizer(optimizer, reducer=lambda flat: ring.run(comm, flat, op="mean"))
+    x, y, _, _ = digits.load()
+    shard = Shard(len(x), comm.size, comm.rank, batch_size=16, seed=0)
+    network.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    history = network.fit(shard.dataset(x, y), steps_per_epoch=20, verbose=0)
+    return network.get_weights(), history.history["loss"][0]
+
+
+(ring_weights, ring_loss), *other_ranks = world.run(twenty_steps, "ring")
+(horovod_weights, horovod_loss), *_ = world.run(twenty_steps, "horovod")
+pairs = list(zip(ring_weights, horovod_weights, strict=True))
+difference = max(abs(ours - theirs).max() for ours, theirs in pairs)
+between_ranks = max(abs(a - b).max() for weights, _ in other_ranks for a, b in zip(ring_weights, weights, strict=True))
+print(f"loss {ring_loss:.4f} with our ring, {horovod_loss:.4f} with Horovod")
+print(f"largest difference of any weight: {difference:.0e}; between ranks: {between_ranks:.0e}")
+
+# %% [markdown]
+# The same weights, up to the rounding of sums formed in another order; and on all ranks the same to the last bit, because the ring *copies* each finished chunk to everyone. A few lines of Python train a network in parallel.
+#
+# ## To 8305 nodes
+#
+# The very same objects now go to Nurion: 8305 nodes, links of 12.3 GB/s, messages that take about 2.5 µs to start (both remembered figures of Omni-Path, not from Nurion's guide; the ratios below depend on them).
+#
+# The array is CosmoFlow's gradient of 28 MB. **Predict:** on 8192 nodes each step of the ring sends 3.4 kB. What does it spend its time on?
+
+# %%
+from nurion_utils import sites
+
+nurion = sites.load("nurion")
+fabric = allreduce.FatTree.of(nurion)
+link, gradient_bytes = fabric.link, 28.15e6
+counts_of_ranks = [2**k for k in range(1, 14)] + [nurion.node.count]
+large = {
+    name: [algorithm(n).time(gradient_bytes, link) for n in counts_of_ranks]
+    for name, algorithm in ALGORITHMS.items()
+    if name != "naive"
+}
+ring_8192 = allreduce.ring(8192)
+latency_share = ring_8192.time(0, link) / ring_8192.time(gradient_bytes, link)
+print(f"ring on 8192 nodes: {len(ring_8192.steps)} steps, {latency_share:.0%} of the time is latency")
+
+# %% alt="Left: predicted time of an allreduce of 28 megabytes against the number of ranks up to 8305. Rabenseifner stays near five milliseconds for powers of two and near ten at 8305 ranks; the ring equals it for few ranks and rises to over forty milliseconds; recursive doubling and the tree grow slowly from a higher level. Right: a map of the algorithm to choose by number of ranks and size: recursive doubling for small arrays, the ring for large arrays on few ranks, Rabenseifner between them; numbers of ranks that are no power of two make stripes in it, where the ring holds out longer."
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+
+names = ["ring", "Rabenseifner", "recursive doubling"]  # the first that is within 5 % of the best
+colours = ["#0072B2", "#CC79A7", "#F0E442"]
+map_ranks = sorted([2**k for k in range(1, 14)] + [3 * 2**k for k in range(12)])
+map_sizes = np.logspace(2, 9, 29)
+choice = np.empty((len(map_sizes), len(map_ranks)), int)
+for column, n in enumerate(map_ranks):
+    schedules = [ALGORITHMS[name](n) for name in names]
+    seconds = np.array([[schedule.time(size, link) for schedule in schedules] for size in map_sizes])
+    choice[:, column] = (seconds <= 1.05 * seconds.min(axis=1, keepdims=True)).argmax(axis=1)
+figure, (left_axis, right_axis) = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained")
+for name, values in large.items():
+    left_axis.loglog(counts_of_ranks, np.array(values) * 1e3, label=name, lw=1.2, ms=4, **STYLES[name])
+left_axis.set(xlabel="ranks, one per node", ylabel="predicted time, ms", title="28 MB on Nurion's links")
+left_axis.legend(frameon=False, fontsize=8)
+right_axis.pcolormesh(range(len(map_ranks) + 1), np.append(map_sizes, 1.8e9), choice, cmap=ListedColormap(colours))
+right_axis.set_xticks(np.arange(0, len(map_ranks), 4) + 0.5, map_ranks[::4])
+right_axis.set(yscale="log", xlabel="ranks, one per node", ylabel="size of the array, bytes", title="which to choose")
+keys = [Patch(fc=colour, label=name) for colour, name in zip(colours, names, strict=True)]
+right_axis.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False, fontsize=8)
+plt.show()
+
+# %%
+pd.DataFrame(large, index=pd.Index(counts_of_ranks, name="ranks")).mul(1e3).round(2).iloc[[1, 4, 9, 12, 13]]
+
+# %% [markdown]
+# (Milliseconds.) "Nearly independent of the number of ranks" is true of the ring's *bytes*. Its number of *steps* grows with $P$, and on thousands of nodes the start-up times of 16,000 messages are nearly all it does.
+#
+# **Rabenseifner's algorithm** sends as few bytes in $2\log_2 P$ steps: partners exchange halves, then quarters, and so on, and put them together again in the opposite order. `print(allreduce.rabenseifner(8))` shows how. It is best for a power of two; for other numbers some ranks first hand their whole array to a neighbour (8305 is 8192 and 113 more), and these stripes in the map are where the ring holds out longer.
+#
+# So the ring is *one* optimum: the best for large arrays on a moderate number of ranks, simple, and gentle with the network, because everyone talks to a neighbour only. How much that is worth is the last question.
+#
+# ## Where the ranks sit
+#
+# Nurion's network is a **fat tree**: 32 nodes on each edge switch, but only 16 links from that switch up to the rest. If all 32 nodes send to other switches at the same time, two must share a link; this is what "50 % blocking" means.
+#
+# `schedule.simulate` sends every step through such a tree: transfers that share a link share its bandwidth fairly. Where the ranks sit is a parameter: in order; as a busy batch system hands nodes out, in order but with gaps; or anywhere.
+#
+# **Predict:** each rank of the ring sends to the next rank. In order, how many of the 32 streams of a switch leave it? And with random placement? For which algorithm will placement in order not help?
+
+# %%
+n, size_bytes = 8192, 1e9
+placements = {
+    "in order": fabric.in_order(n),
+    "batch system": fabric.scheduled(n, seed=1),
+    "random": fabric.random(n, seed=1),
+}
+rows = []
+for name in ("ring", "Rabenseifner", "recursive doubling"):
+    schedule = ALGORITHMS[name](n)
+    alone = schedule.time(size_bytes, link)
+    for where, placement in placements.items():
+        steps = schedule.simulate(size_bytes, fabric, placement)
+        worst = steps.loc[steps["time_s"].idxmax()]
+        rows.append((name, where, steps["time_s"].sum(), steps["time_s"].sum() / alone, worst["flows"], worst["busiest_link"]))
+columns = ["algorithm", "placement", "time_s", "slowdown", "flows", "busiest_link"]
+placed = pd.DataFrame(rows, columns=columns)
+placed.round(3)
+
+# %% alt="Bars of the slowdown by shared links for three algorithms and three placements of 8192 ranks on Nurion's fat tree, with one gigabyte. The ring in order is not slowed down at all, with random placement it is slowed down several times; the other two are slowed down in every placement."
+figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+looks = {"in order": ("#DDDDDD", ""), "batch system": ("#56B4E9", "//"), "random": ("#D55E00", "xx")}
+for i, (where, (colour, hatch)) in enumerate(looks.items()):
+    values = placed[placed["placement"] == where].set_index("algorithm")["slowdown"]
+    bars = axis.bar(np.arange(3) + 0.27 * (i - 1), values, 0.25, color=colour, hatch=hatch, ec="black", lw=0.6, label=where)
+    axis.bar_label(bars, fmt="%.1f", fontsize=8)
+axis.set_xticks(range(3), values.index)
+axis.set_ylabel("time / time without shared links")
+axis.set_title(f"{n} ranks, {size_bytes / 1e9:g} GB, predicted for Nurion's fat tree", fontsize=10)
+axis.legend(title="placement", frameon=False)
+plt.show()
+
+# %% [markdown]
+# In order, a single stream leaves each switch and a single one enters it: for the ring, a blocking tree is as good as a full one. With random placement nearly all streams leave their switch. 32 streams on 16 links would be two each, if they were spread evenly; but the way up is fixed by the destination, and somewhere several meet on one link. Everyone then waits for that link, in every step.
+#
+# Recursive doubling and Rabenseifner talk to distant partners even in order, so the tree slows them down in any case, and where they sit matters less. With one gigabyte the ring in order beats Rabenseifner; with 28 MB, where latency rules, it does not:
+
+# %%
+small = {
+    f"{name}, {where}": ALGORITHMS[name](n).simulate(gradient_bytes, fabric, placement)["time_s"].sum() * 1e3
+    for name in ("ring", "Rabenseifner")
+    for where, placement in placements.items()
+}
+pd.Series(small, name="28 MB on 8192 nodes, ms").round(1).to_frame()
+
+# %% [markdown]
+# These are predictions of a model, and it leaves things out: other people's traffic, the ranks' own delays, routes that adapt. They say what routes and placement alone cost. The simulator itself was checked against SimGrid, an established simulator of networks, for up to 512 hosts.
+#
+# ## Exercises
+#
+# **1. Write the missing step.** The allgather of a ring over $P$ ranks is given. Write the reduce-scatter before it: the function returns the transfers of one step.
+
+# %% tags=["exercise"]
+from nurion_utils.allreduce import Schedule, Step, Transfer
+
+
+def reduce_scatter_step(step: int, P: int) -> list[Transfer]:
+    transfers = []
+    # --- solution
+    transfers = [Transfer(r, (r + 1) % P, chunk=(r - step) % P, reduce=True) for r in range(P)]
+    # --- end solution
+    return transfers
+
+
+# %% tags=["check"]
+from nurion_utils import allreduce
+
+for P in (2, 4, 7):
+    first = [reduce_scatter_step(step, P) for step in range(P - 1)]
+    assert any(first), "Nothing is sent yet: put a list of Transfer(...) in place of the dots."
+    assert all(len(step) == P for step in first), f"With {P} ranks, {P} transfers go on in every step, one from each rank."
+    assert all(t.reduce for step in first for t in step), "In the reduce-scatter every transfer is reduced: reduce=True."
+    try:
+        Schedule("yours", P, P, (*map(Step.of, first), *allreduce.ring(P).steps[P - 1 :])).check()
+    except allreduce.ScheduleError as error:
+        raise AssertionError(f"With {P} ranks it is not right yet: {error}.") from None
+print("Right, for any number of ranks.")
+
+# %% [markdown]
+# **2. Find the fault.** This schedule for four ranks was to be recursive doubling, and one of its transfers is wrong. `check` says that something is amiss at the end; the fault lies earlier. Print the schedule, and give the step (counted from 0), and what the transfer should be.
+
+# %% tags=["exercise"]
+from nurion_utils.allreduce import Schedule, Step, Transfer
+
+suspect = Schedule(
+    "suspect",
+    ranks=4,
+    chunks=1,
+    steps=(
+        Step.of([Transfer(0, 1, 0), Transfer(1, 0, 0), Transfer(2, 3, 0), Transfer(3, 2, 0, reduce=False)]),
+        Step.of([Transfer(0, 2, 0), Transfer(2, 0, 0), Transfer(1, 3, 0), Transfer(3, 1, 0)]),
+    ),
+)
+faulty_step, wrong, right_one = None, None, None  # a number, the Transfer as it is, the Transfer as it should be
+# --- solution
+faulty_step, wrong, right_one = 0, Transfer(3, 2, 0, reduce=False), Transfer(3, 2, 0)
+# --- end solution
+
+# %% tags=["check"]
+from nurion_utils.allreduce import ScheduleError
+
+assert faulty_step is not None, "Put your three answers in place of the dots."
+assert faulty_step in (0, 1), "There are two steps, 0 and 1."
+assert wrong in list(suspect.steps[faulty_step]), f"Step {faulty_step} has no {wrong}: copy it from there."
+steps = [[right_one if i == faulty_step and t == wrong else t for t in step] for i, step in enumerate(suspect.steps)]
+try:
+    Schedule("mended", 4, 1, tuple(Step.of(step) for step in steps)).check()
+except ScheduleError as error:
+    raise AssertionError(f"That does not mend it: {error}.") from None
+print("Right: rank 2 threw its own contribution away when it copied instead of adding.")
+
+# %% [markdown]
+# **3. Choose an algorithm** for each of these, on links with $\alpha$ = 2.5 µs and 12.3 GB/s that nobody shares: `"naive"`, `"tree"`, `"ring"`, `"recursive doubling"` or `"Rabenseifner"`. Within 10 % of the best counts.
+
+# %% tags=["exercise"]
+choices = {
+    (1024, 8): None,  # ranks, bytes: one loss to be averaged
+    (6, 500_000_000): None,  # the gradient of a large network on six nodes
+    (4096, 28_150_000): None,  # CosmoFlow on half of the machine
+}
+# --- solution
+choices = {(1024, 8): "recursive doubling", (6, 500_000_000): "ring", (4096, 28_150_000): "Rabenseifner"}
+# --- end solution
+
+# %% tags=["check"]
+from nurion_utils import allreduce
+
+algorithms = {"naive": allreduce.naive, "tree": allreduce.tree, "ring": allreduce.ring}
+algorithms |= {"recursive doubling": allreduce.recursive_doubling, "Rabenseifner": allreduce.rabenseifner}
+for (n, size), chosen in choices.items():
+    assert chosen is not None, f"Put a name in place of the dots for {n} ranks and {size} bytes."
+    assert chosen in algorithms, f"There is no {chosen!r}; choose from {', '.join(algorithms)}."
+    seconds = {name: make(n).time(size, allreduce.Link(2.5e-6, 1 / 12.3e9)) for name, make in algorithms.items()}
+    ratio = seconds[chosen] / min(seconds.values())
+    assert ratio < 1.1, f"{n} ranks, {size} bytes: {chosen} takes {ratio:.3g} times as long as the best. Steps or bytes?"
+print("Right, all three.")
+
+# %%
+world.stop()
+
+# %%
+assert fitted["ring"].alpha_s > 0 and median_error < 50, "the two-parameter model does not describe these ranks at all"
+assert big.loc[("naive", n_hosts := lab_table["ranks"].max()), "time_s"] > 1.5 * big.loc[("ring", n_hosts), "time_s"]
+assert one_by_one_s > fused_s
+assert difference < 1e-5 and between_ranks == 0
+assert large["ring"][-1] > 4 * large["Rabenseifner"][-1] and latency_share > 0.8
+slowdown = placed.set_index(["algorithm", "placement"])["slowdown"]
+assert abs(slowdown["ring", "in order"] - 1) < 0.01 and slowdown["ring", "random"] > 2
+assert slowdown["recursive doubling", "in order"] > 1.5
+
+# %% [markdown]
+# ## What to take along
+#
+# - An allreduce costs a start-up time per message and a time per byte. The ring sends $2(P-1)$ messages and $2N(P-1)/P$ bytes per rank; fewer bytes are not possible.
+# - Small arrays want few steps: recursive doubling. Large arrays want few bytes: the ring, or Rabenseifner where there are thousands of ranks. Small tensors should be fused into large ones.
+# - A plan written as data can be counted, costed, simulated and proved right before it runs.
+# - On a blocking tree neighbours should sit near each other: in order the ring does not notice the blocking, at random it pays for it in every step.
+#
+# **Next:** the libraries that do this for Horovod, MPI, Gloo and oneCCL, and what they make of it.

@@ -1,0 +1,323 @@
+"""A fat tree of switches in which transfers share links: what congestion adds to a schedule's time.
+
+>>> from nurion_utils import allreduce, sites
+>>> nurion = allreduce.FatTree.of(sites.load("nurion"))
+>>> steps = allreduce.ring(8305).simulate(100e6, nurion)  # a row per step
+>>> f"{steps.time_s.sum():.3f} s, at most {steps.flows.max()} transfer on a link"
+'0.058 s, at most 1 transfer on a link'
+
+The steps follow one another as if all ranks waited for the slowest, every transfer of a step starts at once, routes
+never change, and nobody else uses the network.  So it shows what routes and placement cost, and no more than that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from nurion_utils.allreduce.schedule import Link, Schedule, ScheduleError, Step, size, whole_number
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from nurion_utils.sites import Site
+
+# A copy with reduction reads what came and what is there, and writes the sum: three bytes through memory for each.
+_MEMORY_ACCESSES = 3
+# Other people's jobs on a busy machine have 1 to 512 nodes, each power of two as often as the next; chosen.
+_LARGEST_OTHER_JOB = 512
+# Flows that should finish, and links that should fill, at the same moment may differ by rounding.
+_SAME = 1 + 1e-9
+
+
+@dataclass(frozen=True)
+class FatTree:
+    """Nodes on edge switches, and every edge switch on the same core switches, one link to each.
+
+    Every link carries its full bandwidth both ways at the same time.  Links are numbered: first all links from a
+    node up to its switch, then those down to the nodes, the nodes' memories, the links from the edge switches up,
+    and those down to them; `link_name` says which is which.
+
+    Parameters
+    ----------
+    nodes
+        How many there are; the last edge switch may have free places.
+    edge_down, edge_up
+        Nodes, and core switches, on every edge switch.
+    link
+        What a message costs where it shares no link; every link has the bandwidth ``1 / beta_s_per_byte``.
+    memory_beta_s_per_byte
+        What a byte costs from one rank to another on the same node: no link of the network, but the node's memory,
+        which all such transfers of the node share.
+    routing
+        The route to a node is the same from everywhere (d-mod-k; Zahavi 2010).  "node" numbers the core switches by
+        destination node, as real fabrics and SimGrid do, which spreads the nodes of a switch over all its links;
+        "switch" by destination switch, which brings all their traffic through one link: a numbering gone wrong.
+    """
+
+    nodes: int
+    edge_down: int
+    edge_up: int
+    link: Link
+    memory_beta_s_per_byte: float
+    routing: Literal["node", "switch"] = "node"
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "edge_down", "edge_up"):
+            whole_number(getattr(self, name), name)
+        if not isinstance(self.link, Link):
+            raise ValueError(f"link must be a Link(alpha_s, beta_s_per_byte), not {self.link!r}")
+        for name, beta in (
+            ("link.beta_s_per_byte", self.link.beta_s_per_byte),
+            ("memory_beta_s_per_byte", self.memory_beta_s_per_byte),
+        ):
+            if not (isinstance(beta, int | float) and 0 < beta < math.inf):
+                raise ValueError(f"{name} must be a number above 0, not {beta!r}")
+        if self.routing not in ("node", "switch"):
+            raise ValueError(f"routing must be 'node' or 'switch', not {self.routing!r}")
+
+    @classmethod
+    def of(cls, site: Site, gamma_s_per_byte: float = 0.0) -> FatTree:
+        """The fabric that joins the nodes of the site's first partition.
+
+        Transfers inside a node run at a third of its fast memory's rate (chosen: to copy and reduce a byte takes two
+        reads and a write).
+        """
+        from nurion_utils.sites import SiteError
+
+        fabric, memory = site.fabric, site.node.fast_memory_gb_per_s
+        if fabric is None or fabric.topology != "fat tree" or memory is None:
+            raise SiteError(
+                f"The site {site.name!r} describes no fat tree between nodes with fast memory: take one that does, "
+                "such as 'nurion', or make a FatTree of your own figures."
+            )
+        link = Link(fabric.latency_us * 1e-6, 1e-9 / fabric.link_gb_per_s, gamma_s_per_byte)
+        return cls(site.node.count, fabric.edge_down, fabric.edge_up, link, 1e-9 * _MEMORY_ACCESSES / memory)
+
+    # -- links and routes -------------------------------------------------------------------------------------
+
+    @property
+    def edges(self) -> int:
+        """How many edge switches there are."""
+        return -(-self.nodes // self.edge_down)
+
+    @cached_property
+    def seconds_per_byte(self) -> np.ndarray:
+        """What a byte costs on each link."""
+        cost = np.full(3 * self.nodes + 2 * self.edges * self.edge_up, float(self.link.beta_s_per_byte))
+        cost[2 * self.nodes : 3 * self.nodes] = self.memory_beta_s_per_byte
+        cost.flags.writeable = False
+        return cost
+
+    def paths(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
+        """The links from each source node to its destination node, in order: n x 4, -1 where there are fewer."""
+        edge_from, edge_to = source // self.edge_down, destination // self.edge_down
+        core = (destination if self.routing == "node" else edge_to) % self.edge_up
+        first_up = 3 * self.nodes
+        first_down = first_up + self.edges * self.edge_up
+        up, down = first_up + edge_from * self.edge_up + core, first_down + edge_to * self.edge_up + core
+        paths = np.stack([source, up, down, self.nodes + destination], axis=1)
+        paths[edge_from == edge_to, 1:3] = -1
+        inside = source == destination
+        paths[inside] = -1
+        paths[inside, 0] = 2 * self.nodes + source[inside]
+        return paths
+
+    def link_name(self, link: int) -> str:
+        """The name of a link, such as "node 5 down", "node 5 memory" or "edge 17 up 3" (to core switch 3)."""
+        if not 0 <= link < len(self.seconds_per_byte):
+            raise ValueError(f"the links are numbered 0 to {len(self.seconds_per_byte) - 1}, not {link!r}")
+        if link < 3 * self.nodes:
+            kind, node = divmod(link, self.nodes)
+            return f"node {node} {('up', 'down', 'memory')[kind]}"
+        number, core = divmod(link - 3 * self.nodes, self.edge_up)
+        way, edge = divmod(number, self.edges)
+        return f"edge {edge} {('up', 'down')[way]} {core}"
+
+    # -- placements -------------------------------------------------------------------------------------------
+
+    def in_order(self, ranks: int, ranks_per_node: int = 1) -> np.ndarray:
+        """The node of each rank when nodes are filled one after the other, from node 0 on."""
+        return self._fill(np.arange(self.nodes), ranks, ranks_per_node)
+
+    def random(self, ranks: int, seed: int, ranks_per_node: int = 1) -> np.ndarray:
+        """The node of each rank when nodes are drawn at random, in random order: as bad as it may reasonably get."""
+        return self._fill(np.random.default_rng(seed).permutation(self.nodes), ranks, ranks_per_node)
+
+    def scheduled(self, ranks: int, seed: int, ranks_per_node: int = 1) -> np.ndarray:
+        """The node of each rank as a busy batch system gives them: in order, but with gaps.
+
+        Other jobs of random sizes fill the machine from node 0 on; they end in random order until there are enough
+        free nodes, and of these the job gets the first.
+        """
+        needed = self._needed(ranks, ranks_per_node)
+        rng = np.random.default_rng(seed)
+        job_ends = np.cumsum(_LARGEST_OTHER_JOB ** rng.random(self.nodes)).astype(int)  # enough of them in any case
+        job_of = np.searchsorted(job_ends, np.arange(self.nodes), side="right")
+        turn = rng.permutation(job_of[-1] + 1)[job_of]  # at which turn each node becomes free
+        enough = np.searchsorted(np.cumsum(np.bincount(turn)), needed)
+        return self._fill(np.flatnonzero(turn <= enough), ranks, ranks_per_node)
+
+    def _needed(self, ranks: int, ranks_per_node: int) -> int:
+        needed = -(-whole_number(ranks, "ranks") // whole_number(ranks_per_node, "ranks_per_node"))
+        if needed > self.nodes:
+            raise ValueError(
+                f"{ranks} ranks need {needed} nodes at {ranks_per_node} per node, but there are only {self.nodes}"
+            )
+        return needed
+
+    def _fill(self, nodes: np.ndarray, ranks: int, ranks_per_node: int) -> np.ndarray:
+        self._needed(ranks, ranks_per_node)
+        return nodes[np.arange(ranks) // ranks_per_node]
+
+
+def simulate(
+    schedule: Schedule, size_bytes: float, fabric: FatTree, placement: np.ndarray | None = None
+) -> pd.DataFrame:
+    """Send every step of a schedule through a fabric in which its transfers share links.
+
+    A step takes the link's alpha, then until its last transfer has arrived and been reduced.  Transfers share links
+    max-min fairly; where none is shared, the sum over all steps is ``schedule.time(size_bytes, fabric.link)``.
+
+    Parameters
+    ----------
+    size_bytes
+        Size of the array, which is cut into equal chunks.
+    placement
+        The node of each rank, from `FatTree.in_order` (the default), `random`, `scheduled`, or of your own making.
+
+    Returns
+    -------
+    DataFrame
+        A row per step: step, time_s, busiest_link (the name of the one that needs longest for its bytes; "" where
+        the step is empty), flows (how many transfers share it).
+
+    Raises
+    ------
+    ValueError
+        A placement that does not give every rank a node of the fabric, or a rank that the schedule does not have.
+    """
+    import pandas as pd
+
+    chunk_bytes = size(size_bytes) / schedule.chunks
+    nodes = _nodes(schedule.ranks, fabric, placement)
+    # The steps of a ring share their columns, so that only the few different ones need work; an id stays what it is
+    # because the schedule keeps its columns.
+    kinds: dict[tuple[int, ...], int] = {}
+    rows: list[tuple[float, str, int]] = []
+    kind_of = np.empty(len(schedule.steps), int)
+    for number, step in enumerate(schedule.steps):
+        key = id(step.source), id(step.destination), id(step.count), id(step.reduce)
+        if key not in kinds:
+            kinds[key] = len(rows)
+            _require_ranks(number, step, schedule.ranks)
+            rows.append(_simulate_step(step, chunk_bytes, fabric, nodes))
+        kind_of[number] = kinds[key]
+    columns = list(zip(*rows, strict=True)) or [(), (), ()]
+    types = zip(("time_s", "busiest_link", "flows"), (float, object, int), columns, strict=True)
+    table = {name: np.array(values, dtype)[kind_of] for name, dtype, values in types}
+    return pd.DataFrame({"step": np.arange(len(kind_of)), **table})
+
+
+def _simulate_step(step: Step, chunk_bytes: float, fabric: FatTree, nodes: np.ndarray) -> tuple[float, str, int]:
+    """Seconds, the busiest link's name, and how many transfers share it."""
+    if not len(step):
+        return 0.0, "", 0
+    paths = fabric.paths(nodes[step.source], nodes[step.destination])
+    used = paths >= 0
+    chunks = np.bincount(paths[used], np.broadcast_to(step.count[:, None], paths.shape)[used])
+    seconds = chunks * fabric.seconds_per_byte[: len(chunks)] * chunk_bytes
+    # Compared as if a chunk had a byte, because an empty array has a busiest link, too.
+    busiest = int(np.argmax(chunks * fabric.seconds_per_byte[: len(chunks)]))
+    reducing = step.count * step.reduce * chunk_bytes * fabric.link.gamma_s_per_byte
+    if np.ptp(step.count) == 0 and step.reduce.all() == step.reduce.any():
+        # Transfers of one size are all done when the busiest link is.  Filling all links evenly, the first to be full
+        # is the one with the least bandwidth per transfer, which is the busiest: its n transfers get 1/n of it each,
+        # and nobody gets less.  As others finish, loads only fall, so this stays so until those n finish together.
+        done = seconds[busiest] + reducing[0]
+    else:
+        finish = fair_finish_times(paths, step.count * chunk_bytes, 1 / fabric.seconds_per_byte)
+        done = np.max(finish + reducing)
+    return fabric.link.alpha_s + float(done), fabric.link_name(busiest), int(np.count_nonzero(paths == busiest))
+
+
+def fair_finish_times(paths: np.ndarray, sizes: np.ndarray, capacities: np.ndarray) -> np.ndarray:
+    """When each of several flows is done that start together and share links max-min fairly.
+
+    Max-min fair: nobody's rate could be raised without lowering that of someone who has no more (Bertsekas and
+    Gallager 1992, section 6.5).  Whenever a flow is done, the others share anew.
+
+    Parameters
+    ----------
+    paths
+        Flows x most links of a flow: the links that each flow crosses, each once; -1 for none.
+    sizes
+        Bytes of each flow; an empty flow, or one that crosses no link, is done at once.
+    capacities
+        Bytes per second of each link, above 0.
+
+    Returns
+    -------
+    ndarray
+        Seconds, by flow.
+    """
+    left = np.array(sizes, float)
+    finish = np.zeros(len(left))
+    flows = np.flatnonzero((left > 0) & (paths >= 0).any(axis=1))
+    now = 0.0
+    while len(flows):
+        rates = _fair_rates(paths[flows], capacities)
+        needed = left[flows] / rates
+        now += needed.min()
+        done = needed <= needed.min() * _SAME
+        finish[flows[done]] = now
+        left[flows] -= rates * needed.min()
+        flows = flows[~done]
+    return finish
+
+
+def _fair_rates(paths: np.ndarray, capacities: np.ndarray) -> np.ndarray:
+    """Bytes per second of each flow: raise all rates together; where a link is full, its flows stay as they are."""
+    used = paths >= 0
+    links, inverse = np.unique(paths[used], return_inverse=True)
+    index = np.full(paths.shape, len(links))  # one more link that is never full stands for none
+    index[used] = inverse
+    free = np.append(capacities[links], np.inf)
+    rates = np.zeros(len(paths))
+    rising = np.arange(len(paths))
+    while len(rising):
+        load = np.bincount(index[rising].ravel(), minlength=len(free))
+        share = np.divide(free, load, out=np.full(len(free), np.inf), where=load > 0)
+        rate = share.min()
+        stops = (share <= rate * _SAME)[index[rising]].any(axis=1)
+        rates[rising[stops]] = rate
+        free -= rate * np.bincount(index[rising[stops]].ravel(), minlength=len(free))
+        rising = rising[~stops]
+    return rates
+
+
+def _nodes(ranks: int, fabric: FatTree, placement: np.ndarray | None) -> np.ndarray:
+    if placement is None:
+        return fabric.in_order(ranks)
+    nodes = np.asarray(placement)
+    if nodes.shape != (ranks,) or nodes.dtype.kind not in "iu":
+        raise ValueError(
+            f"a placement must have one whole number for each of the {ranks} ranks, the number of its node, not "
+            f"an array of shape {nodes.shape} and type {nodes.dtype}"
+        )
+    if not 0 <= nodes.min() <= nodes.max() < fabric.nodes:
+        wrong = int(np.flatnonzero((nodes < 0) | (nodes >= fabric.nodes))[0])
+        raise ValueError(
+            f"the placement puts rank {wrong} on node {nodes[wrong]}, but the nodes are 0 to {fabric.nodes - 1}"
+        )
+    return nodes.astype(int)
+
+
+def _require_ranks(number: int, step: Step, ranks: int) -> None:
+    for column in (step.source, step.destination):
+        if len(column) and not 0 <= column.min() <= column.max() < ranks:
+            raise ScheduleError(f"step {number} names a rank that is not among 0 to {ranks - 1}")
