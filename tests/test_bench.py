@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools" / "bench"))
 
 import blocks  # noqa: E402
+import collective  # noqa: E402
 import groups  # noqa: E402
 import imports  # noqa: E402
 from run import ROWS, Row, summarise, table  # noqa: E402
@@ -103,6 +104,11 @@ def test_our_ranks_train_in_every_way_and_sleep_in_between():
 def _stopped_descendants() -> int:
     states = [process.status() for process in psutil.Process().children(recursive=True)]
     return states.count(psutil.STATUS_STOPPED)
+
+
+def test_allreduces_are_timed_in_turn_on_real_ranks():
+    times = collective.measure(n_ranks=2, size_bytes=4096, pairs=1, block_s=0.01).query("pair == 0")
+    assert times["contender"].tolist() == ["native", "ring", "shared"] and (times["time_s"] > 0).all()
 
 
 @pytest.mark.parametrize("module", ["peer_tensorflow", "peer_torch"])

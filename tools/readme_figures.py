@@ -14,6 +14,7 @@ FIGURES = {
     "together.png": ("01_data_parallel_training", "Test error in per cent"),
     "volumes.png": ("01_data_parallel_training", "Two slices through"),
     "step.png": ("01_data_parallel_training", "Left: parallel efficiency"),
+    "ring.png": ("02_ring_allreduce", "One panel before"),
 }
 COLOURS = 64  # keeps each file at some 20 kB
 

@@ -77,7 +77,10 @@ def hierarchical(ranks: int, ranks_per_node: int) -> Schedule:
     up = list(_binomial(everyone, everyone % ranks_per_node, between.chunks))
     shared = {id(column): column for step in between.steps for column in (step.source, step.destination)}
     columns = {key: _fixed(leaders[column]) for key, column in shared.items()}
-    around = [Step(columns[id(s.source)], columns[id(s.destination)], s.chunk, s.count, s.reduce) for s in between.steps]
+    around = [
+        Step(columns[id(step.source)], columns[id(step.destination)], step.chunk, step.count, step.reduce)
+        for step in between.steps
+    ]
     return Schedule("hierarchical", ranks, between.chunks, (*up, *around, *map(_reversed, reversed(up))))
 
 

@@ -253,7 +253,8 @@ class Lab:
             failed = {rank: answer for rank, answer in sorted(answers.items()) if isinstance(answer, Failure)}
             waiting = [rank for rank in waiting if rank not in answers and rank not in dead]
             if dead:
-                self._break(_report.ended([f"rank{rank}" for rank in dead], self._directory), waiting)
+                first = (self._deaths() or dead)[0]
+                self._break(_report.ended([f"rank{first}"], self._directory), waiting)
             if failed and waiting:
                 raised_at = raised_at or time.monotonic()
                 if time.monotonic() - raised_at > GRACE_S:
@@ -264,12 +265,19 @@ class Lab:
             raise LabError(_report.raised(failed, self.ranks))
         return [answers[rank] for rank in range(self.ranks)]
 
+    def _deaths(self) -> list[int]:
+        """The ranks that have died, the first one first: others that talk with it soon follow, for MPICH crashes."""
+        time.sleep(TICK_S)
+        ends = sorted(self._directory.glob("rank*.status"), key=lambda file: file.stat().st_mtime_ns)
+        return [int(file.stem.removeprefix("rank")) for file in ends]
+
     def _break(self, reason: str, waiting: list[int]) -> None:
         """Close the lab and say why, and where the ranks stood that were still at work."""
         for rank in waiting:
             with contextlib.suppress(OSError):
                 os.kill(self._pids[rank], signal.SIGUSR1)  # faulthandler writes down where it stands
-        stacks = _report.stood(waiting, self._directory)
+        deaths = self._deaths()
+        stacks = _report.stood([rank for rank in waiting if rank not in deaths], self._directory)
         self._ended = f"this lab has ended because {reason.splitlines()[0]}"
         self.close()
         again = f"allreduce.lab({self.ranks}, {self.rate_mbit:g})"
