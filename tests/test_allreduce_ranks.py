@@ -9,7 +9,7 @@ import pytest
 from mpi4py import MPI
 
 from nurion_utils import allreduce, ranks
-from nurion_utils.allreduce import drawing, measuring
+from nurion_utils.allreduce import drawing, measuring, running
 
 OPS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN, "prod": MPI.PROD, "mean": MPI.SUM}
 TIMEOUT_S = 60  # nothing here takes long unless it hangs
@@ -75,7 +75,7 @@ def test_what_is_really_sent_is_what_the_schedule_counts(world5: ranks.World):
     def counts(comm: MPI.Comm) -> bool:
         for schedule in algorithms(comm.size):
             for n in (0, 1, 1001):
-                counting = measuring.CountingComm(comm)
+                counting = running.CountingComm(comm)
                 trace: list[dict] = []
                 schedule.run(counting, np.zeros(n), trace=trace)
                 expected = schedule.messages(comm.rank), schedule.bytes_sent(comm.rank, 8 * n, itemsize=8)

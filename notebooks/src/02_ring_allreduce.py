@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Ring-allreduce: build it, prove it, carry it to 8305 nodes
 #
-# **Goal:** write the ring-allreduce on real ranks, prove that it sends as few bytes as any algorithm can, and find out where it is nevertheless the wrong choice.
+# **Goal:** write the ring-allreduce on real ranks, verify by counting that it sends as few bytes as any algorithm can, and find out where it is nevertheless the wrong choice.
 #
 # **You will be able to:** say how many messages and bytes an allreduce costs; write one and check it without running it; measure latency and bandwidth and predict times from them; choose an algorithm for a message and a number of nodes; say what a bad placement of ranks costs.
 #
@@ -63,7 +63,7 @@ naive_allreduce(array)
 print(array)
 
 # %% [markdown]
-# Right on all ranks. But rank 0 received $(P-1)N$ bytes and sent as many, while the others' links were idle most of the time. With 8305 ranks and 28 MB that is 234 GB, 19 s in and 19 s out at the 12.3 GB/s of an Omni-Path link, in every training step.
+# Right on all ranks. But rank 0 received $(P-1)N$ bytes and sent as many, while the others' links were idle most of the time. With 8305 ranks and 28.15 MB that is 234 GB, 19 s in and then 19 s out at the 12.3 GB/s of an Omni-Path link, 38 s for every training step.
 #
 # On your machine you would hardly notice: its ranks talk through memory, and rank 0 has no link that could clog. So here is a small network. The **lab** gives each rank a network of its own (Linux calls it a namespace), with a cable to a switch whose rate is limited. Where a machine does not permit this, the cell says why, and goes on with measurements that were recorded elsewhere.
 
@@ -97,7 +97,7 @@ largest = lab_table["size_bytes"].max()
 print(f"{len(lab_table)} observations, {lab_origin}")
 
 # %% [markdown]
-# The ring is in there already; what it is you will see in a moment. **Predict:** from 2 to 4 hosts, by what factor does the time of the naive way grow?
+# The table also holds the ring, which you will build in a moment, and other algorithms that come later. *Theory* in the figure is the number of bytes that must pass through the busiest link, by its rate. **Predict:** from 2 to 4 hosts, by what factor does the time of the naive way grow?
 
 # %% alt="Time of an allreduce of the largest array against the number of hosts in the network lab. Naive rises in proportion to the number of hosts less one, the ring stays below twice the time of sending the array once; dashed lines show the theory for both and lie just below the measurements."
 import matplotlib.pyplot as plt
@@ -127,11 +127,13 @@ above_theory = (big["time_s"] / big["theory_s"]).dropna().unstack().round(2)
 above_theory.loc[["naive", "ring"]].rename_axis(index="measured / theory", columns="hosts")
 
 # %% [markdown]
-# The time of the naive way grows with $P-1$, as the bytes through one link do. Something else is possible.
+# The time of the naive way follows the theory, $2(P-1)N$ bytes through the link of rank 0. Something else is possible.
 #
 # ## The ring, step by step
 #
-# Cut the array into $P$ chunks. In every step each rank sends one chunk to its right neighbour and receives another one from its left. All links work all the time, and each carries only a $P$-th of the array per step.
+# Cut the array into $P$ chunks. In every step each rank sends one chunk to its right neighbour and receives another one from its left. All links work all the time, in both directions at once, and each carries only a $P$-th of the array per step.
+#
+# Two words for what happens to a chunk that arrives: it is **reduced**, that is added to the receiver's own, or it is **copied** over it. And why `Sendrecv`, which does both at once? If every rank first called `Send`, each might wait for its neighbour to receive, for ever.
 #
 # One number per chunk will do to watch it. Again every rank brings its power of ten.
 
@@ -178,7 +180,7 @@ for step in range(P - 1, 2 * (P - 1)):
 assert (chunks == sum(10**r for r in range(P))).all()
 
 # %% [markdown]
-# ## Prove it by counting
+# ## Verify it by counting
 #
 # The same for arrays of any length, with a count of what is sent. `np.array_split` cuts into nearly equal parts; they are views, so the array changes in place.
 
@@ -217,14 +219,14 @@ for n in (1, 1000, 12345):
     messages, bytes_sent = zip(*(of_rank[n] for of_rank in counted), strict=True)
     assert set(messages) == {2 * (P - 1)}
     assert sum(bytes_sent) == 2 * (P - 1) * 8 * n
-print(f"{2 * (P - 1)} messages per rank and {2 * (P - 1) / P:g} N bytes on average: proved for {P} ranks")
+print(f"{2 * (P - 1)} messages per rank and {2 * (P - 1) / P:g} N bytes on average: verified on {P} ranks")
 
 # %% [markdown]
-# So your second prediction has its answer: for any number of ranks a rank sends *less than 2N bytes*. Patarasuk and Yuan (2009) showed that no algorithm can do with less than $2N(P-1)/P$. The ring is **bandwidth-optimal**.
+# So your second prediction has its answer: for any number of ranks a rank sends *less than 2N bytes*. All ranks together send $2(P-1)N$, no less than in the naive way; but there rank 0 carries half of it, and here everyone carries a $P$-th. Patarasuk and Yuan (2009) showed that the busiest rank of any algorithm must send $2N(P-1)/P$ bytes (unless the network itself adds up). The ring is **bandwidth-optimal**.
 #
 # ## The plan as data
 #
-# What you have written is a plan buried in a loop: to see what rank 3 does in step 5 you must run it, or think. Written out as data it can be looked at, counted and checked before anything runs. A `Transfer` says who sends which chunk to whom, and whether it is reduced there. A `Step` is what happens at the same time. A `Schedule` is all steps.
+# What you have written is a plan buried in a loop: to see what rank 3 does in step 5 you must run it, or think. Written out as data it can be looked at, counted and checked before anything runs. A `Transfer` says who sends which chunk to whom, and whether it is reduced there (the default) or copied. A `Step` is what happens at the same time, a `Schedule` all steps. In print, `0 +> 1 [3]` means that rank 0 sends chunk 3 to rank 1, where it is reduced; with `=>` it is copied.
 
 # %%
 from nurion_utils.allreduce import Schedule, Step, Transfer
@@ -254,7 +256,7 @@ my_ring.animate()
 # %% [markdown]
 # ### Right or wrong, without running
 #
-# `check` follows every rank's contribution to every chunk through the steps. Suppose someone has mistyped one of the chunks. On ranks you would get a wrong sum, and perhaps notice weeks later.
+# `check` follows every rank's contribution to every chunk through the steps. Suppose someone has mistyped one of the chunks. On ranks you would get a wrong sum, and no error.
 
 # %%
 steps = [list(step) for step in my_ring.steps]
@@ -267,11 +269,19 @@ except allreduce.ScheduleError as error:
     print(found)
 
 # %% [markdown]
-# It also finds chunks that never arrive, and partners that would wait for each other for ever. `run` checks first, so a broken schedule never reaches the network.
+# It also finds contributions that never arrive, and ranks that would wait for ever, such as the second of two that send to the same rank in one step. `run` checks first, so a broken schedule never reaches the network.
 #
 # ### On the ranks
 #
-# `schedule.run(comm, array)` carries a schedule out: one `Sendrecv` and one addition per step, as you have written it. `CountingComm` counts at MPI's calls. **Predict:** which of the algorithms below sends the most messages per rank, and which the most bytes?
+# `schedule.run(comm, array)` carries a schedule out: one `Sendrecv` and one addition per step, as you have written it. `CountingComm` counts at MPI's calls. The algorithms that you have met in the lab's table:
+#
+# - **naive**: to rank 0 and back, one rank after the other;
+# - **tree**: in each step half of those who still hold a sum hand it to a neighbour, until rank 0 has it all; then back the same way. $2\log_2 P$ steps, whole arrays;
+# - **recursive doubling**: partners at distance 1, 2, 4, ... swap whole arrays and add. $\log_2 P$ steps;
+# - **Rabenseifner**: partners swap *halves*, then quarters, and so on, until each has a complete chunk; then the same backwards to hand the chunks out. $2\log_2 P$ steps;
+# - **ring**: $2(P-1)$ steps, a $P$-th of the array each.
+#
+# **Predict:** which of them sends the most messages from one rank, and which the most bytes?
 
 
 # %%
@@ -280,7 +290,7 @@ def count(schedule: Schedule, n: int) -> tuple[int, int]:
     import numpy as np
     from mpi4py import MPI
 
-    from nurion_utils.allreduce.measuring import CountingComm
+    from nurion_utils.allreduce.running import CountingComm
 
     comm = CountingComm(MPI.COMM_WORLD)
     schedule.run(comm, np.ones(n, "float32"))
@@ -309,10 +319,10 @@ print(f"bytes on the wire beyond those of the schedule ({lab_origin}):")
 print(headers.map("{:.1f} %".format).to_string())
 
 # %% [markdown]
-# Where does the time go? A run can keep a trace. Here is the ring with 8 MB on your ranks; with more ranks than cores, much of it is waiting for a neighbour who has no core just now.
+# Where does the time go? A run can keep a trace. Here is the ring with 8 MB on your ranks. Most of it is sending, receiving and waiting; adding up is a small part. Where there are more ranks than cores, a long grey bar is a rank that waits for a neighbour who has no core just now, or has none itself.
 
 
-# %% alt="A bar per rank over time. Grey stretches with the number of the step are sending and receiving, hatched blue stretches in the first half are reductions; the steps of neighbouring ranks follow one another closely."
+# %% alt="A bar per rank over time. Grey stretches with the number of the step are sending and receiving, hatched blue stretches in the first half are reductions. Single grey stretches can be much longer than the others: there a rank waited for a core."
 def traced(n: int) -> list[dict]:
     import numpy as np
     from mpi4py import MPI
@@ -348,7 +358,7 @@ times = measuring.measure(world, contenders(P), sizes, timing_repeats)
 times.groupby(["size_bytes", "contender"])["time_s"].median().unstack().mul(1e6).round(0).astype(int).iloc[::3]
 
 # %% [markdown]
-# (Microseconds.) From every other size we fit $\alpha$ and $\beta$ of each algorithm, and predict the sizes in between, which the fit has not seen.
+# (Microseconds.) From every other size we fit $\alpha$ and $\beta$, and predict the sizes in between, which the fit has not seen. Links in a network would have one $\alpha$ and one $\beta$ for all algorithms. Ranks that share memory and cores do not: how many of them copy at the same time makes a difference. So each algorithm gets its own two numbers, and MPI's, of which we do not know the steps, counts as one step.
 
 # %%
 fitted = measuring.fit(times[times["size_bytes"].isin(sizes[::2])], contenders(P))
@@ -382,13 +392,15 @@ left_axis.legend(frameon=False, fontsize=8)
 plt.show()
 
 # %% [markdown]
-# Two regimes meet: below some ten kilobytes **latency** rules, and a doubled message costs nothing; above, **bandwidth** does. One straight line with two parameters describes both within some 20 per cent, although caches, and protocols that change with the size, are not in it.
+# Two regimes meet: below some ten kilobytes **latency** rules, and a doubled message costs little; from some hundred kilobytes on, **bandwidth** does. Between them the straight line can miss by a third or more, because MPI changes its protocol there, and caches fill; the median error above says how good it is as a whole.
 #
-# How can a loop in Python be on a par with a library in C? For large arrays nearly all the time is copying and adding, which numpy and MPI do for us. For small ones the interpreter's overhead shows.
+# From about a megabyte on, a loop in Python is on a par with a library in C: the time goes into copying and adding, which numpy and MPI do for us. For small arrays it takes two to four times as long, for every message passes through the interpreter, and the ranks first make sure that they agree on length, type and schedule.
 #
-# On links that are slow against everything else the regimes separate more clearly. Back to the lab:
+# (With more ranks than cores, $\alpha$ is mostly the time that the operating system takes to give ranks their turn. On a real network it is that of the network.)
+#
+# Back to the lab, whose links are slow against everything else:
 
-# %% alt="Time against size in the network lab at the largest number of hosts, logarithmic axes. For small arrays the algorithms lie close together, in an order that the number of their steps sets. For large ones the ring, Rabenseifner and native MPI are fastest; recursive doubling, the tree and naive follow, naive slower than the ring by a factor of four with four hosts."
+# %% alt="Time against size in the network lab at the largest number of hosts, logarithmic axes. For the smallest arrays the algorithms differ little and not in the order of their bytes. For large ones the ring, Rabenseifner and native MPI are fastest; recursive doubling, the tree and naive follow, naive slower than the ring by a factor of four with four hosts."
 n = lab_table["ranks"].max()
 here = lab_table[lab_table["ranks"] == n].groupby(["contender", "size_bytes"])["time_s"].median()
 figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
@@ -399,9 +411,11 @@ axis.legend(frameon=False, fontsize=8)
 plt.show()
 
 # %% [markdown]
+# For large arrays the order is that of the bytes through the busiest link: ring, Rabenseifner and native alike, then recursive doubling with whole arrays in every step, then the tree, then naive. For the smallest ones the bytes do not matter; steps do, and on few cores also whose turn it is, so that neighbouring algorithms may change places between runs.
+#
 # ## Why Horovod fuses small tensors
 #
-# A network's gradient is not one array but one per layer, many of them small: biases, normalisation. **Predict** from your $\alpha$ and $\beta$: what is the gain of reducing 64 tensors of 4 kB as one of 256 kB?
+# A network's gradient is not one array but one per layer, many of them small: biases, normalisation. **Predict** from the ring's row in your table of $\alpha$ and $\beta$: what is the gain of reducing 64 tensors of 4 kB as one of 256 kB?
 
 
 # %%
@@ -415,9 +429,10 @@ def one_by_one_or_fused(n_tensors: int, n: int) -> tuple[float, float]:
     from nurion_utils import allreduce
 
     comm, ring = MPI.COMM_WORLD, allreduce.ring(MPI.COMM_WORLD.size)
-    times = {"one by one": [], "fused": []}
+    tensors = {"one by one": [np.zeros(n, "f4") for _ in range(n_tensors)], "fused": [np.zeros(n_tensors * n, "f4")]}
+    times = {name: [] for name in tensors}
     for _ in range(15):
-        for name, arrays in (("one by one", [np.ones(n, "f4")] * n_tensors), ("fused", [np.ones(n * n_tensors, "f4")])):
+        for name, arrays in tensors.items():
             comm.Barrier()
             begin = time.perf_counter()
             for array in arrays:
@@ -428,16 +443,17 @@ def one_by_one_or_fused(n_tensors: int, n: int) -> tuple[float, float]:
 
 one_by_one_s, fused_s = world.run(one_by_one_or_fused, 64, 1024)[0]
 link, ring = fitted["ring"], allreduce.ring(P)
-predicted_gain = 64 * measuring.predict(link, ring, 4096) / measuring.predict(link, ring, 64 * 4096)
-print(f"one by one {one_by_one_s * 1e3:.2f} ms, fused {fused_s * 1e3:.2f} ms")
-print(f"gain {one_by_one_s / fused_s:.0f}, predicted {predicted_gain:.0f}")
+predicted_ms = [64e3 * measuring.predict(link, ring, 4096), 1e3 * measuring.predict(link, ring, 64 * 4096)]
+print(f"one by one {one_by_one_s * 1e3:.2f} ms (predicted {predicted_ms[0]:.2f})")
+print(f"fused      {fused_s * 1e3:.2f} ms (predicted {predicted_ms[1]:.2f})")
+print(f"gain       {one_by_one_s / fused_s:.0f} (predicted {predicted_ms[0] / predicted_ms[1]:.0f})")
 
 # %% [markdown]
 # This is *tensor fusion*: Horovod copies tensors that are ready at about the same time into one buffer (64 MB by default) and reduces that. The next notebook watches it do so.
 #
 # ## Train with your own ring
 #
-# An allreduce is the only thing that data-parallel training needs of the network. So put yours in: `DistributedOptimizer` takes a `reducer`, a function that averages a flat array over the ranks, in place of Horovod.
+# Once all ranks have started from the same weights, an allreduce is the only thing that data-parallel training needs of the network. So put yours in: `DistributedOptimizer` takes a `reducer`, a function that averages a flat array over the ranks, in place of Horovod.
 
 
 # %%
@@ -476,11 +492,11 @@ print(f"loss {ring_loss:.4f} with our ring, {horovod_loss:.4f} with Horovod")
 print(f"largest difference of any weight: {difference:.0e}; between ranks: {between_ranks:.0e}")
 
 # %% [markdown]
-# The same weights, up to the rounding of sums formed in another order; and on all ranks the same to the last bit, because the ring *copies* each finished chunk to everyone. A few lines of Python train a network in parallel.
+# The same weights, up to the rounding of sums formed in another order; and on all ranks the same to the last bit, because the ring *copies* each finished chunk to everyone.
 #
 # ## To 8305 nodes
 #
-# The very same objects now go to Nurion: 8305 nodes, links of 12.3 GB/s, messages that take about 2.5 µs to start (both remembered figures of Omni-Path, not from Nurion's guide; the ratios below depend on them).
+# The very same objects now go to Nurion: 8305 nodes, links of 12.3 GB/s, messages that take 2.5 µs to start. Both figures are assumed from what is known of Omni-Path, not taken from Nurion's guide (`sites.load("nurion").table()` says where every figure comes from), and the ratios below depend on them.
 #
 # The array is CosmoFlow's gradient of 28 MB. **Predict:** on 8192 nodes each step of the ring sends 3.4 kB. What does it spend its time on?
 
@@ -531,11 +547,11 @@ plt.show()
 pd.DataFrame(large, index=pd.Index(counts_of_ranks, name="ranks")).mul(1e3).round(2).iloc[[1, 4, 9, 12, 13]]
 
 # %% [markdown]
-# (Milliseconds.) "Nearly independent of the number of ranks" is true of the ring's *bytes*. Its number of *steps* grows with $P$, and on thousands of nodes the start-up times of 16,000 messages are nearly all it does.
+# (Milliseconds.) That the ring hardly depends on the number of ranks is true of its *bytes*. Its number of *steps* grows with $P$, and on thousands of nodes the start-up times of 16,000 messages are nearly all it does.
 #
-# **Rabenseifner's algorithm** sends as few bytes in $2\log_2 P$ steps: partners exchange halves, then quarters, and so on, and put them together again in the opposite order. `print(allreduce.rabenseifner(8))` shows how. It is best for a power of two; for other numbers some ranks first hand their whole array to a neighbour (8305 is 8192 and 113 more), and these stripes in the map are where the ring holds out longer.
+# **Rabenseifner's algorithm** sends as few bytes in $2\log_2 P$ steps; `print(allreduce.rabenseifner(8))` shows how. It wants a power of two. For any other number some ranks first hand their whole array to a neighbour and get the sum back at the end (8305 is 8192 and 113 more), which doubles the bytes: the jump at the right end of the left figure, and the stripes in the map, which shows powers of two and three times powers of two in turn. Most numbers of ranks behave like the latter. (Libraries have less crude ways for these numbers.)
 #
-# So the ring is *one* optimum: the best for large arrays on a moderate number of ranks, simple, and gentle with the network, because everyone talks to a neighbour only. How much that is worth is the last question.
+# By this model, then, the ring is never better than Rabenseifner on a power of two, only as good where arrays are large enough (the map names the ring where it is within 5 %), and it is better for other numbers of ranks. But it is simple, and gentle with the network, because everyone talks to a neighbour only. How much that is worth is the last question.
 #
 # ## Where the ranks sit
 #
@@ -580,7 +596,7 @@ axis.legend(title="placement", frameon=False, ncols=3, loc="upper left")
 plt.show()
 
 # %% [markdown]
-# In order, a single stream leaves each switch and a single one enters it: for the ring, a blocking tree is as good as a full one. The batch system's gaps do not change that, as long as the ranks are numbered along the nodes. With random placement nearly all streams leave their switch. 32 streams on 16 links would be two each if they were spread evenly; but the way up is fixed by the destination, and somewhere several meet on one link. Everyone then waits for that link, in every step.
+# (`edge 30 up 15` is the link from edge switch 30 up to core switch 15.) In order, a single stream leaves each switch and a single one enters it: for the ring, a blocking tree is as good as a full one. The batch system's gaps do not change that, as long as the ranks are numbered along the nodes. With random placement nearly all streams leave their switch. 32 streams on 16 links would be two each if they were spread evenly; but the way up is fixed by the destination, and somewhere several meet on one link. Everyone then waits for that link, in every step.
 #
 # Rabenseifner's algorithm exchanges its large halves with near partners and only small pieces with distant ones, so in order it loses next to nothing either. But as soon as the numbering does not fit the switches, "near" ranks sit under different ones. Recursive doubling sends everything to distant partners too, and pays in every placement.
 #
@@ -598,22 +614,26 @@ by_size = pd.DataFrame(choices_by_size)
 by_size.style.format("{:.1f}")
 
 # %% [markdown]
-# With 28 MB Rabenseifner's few steps win in every placement. With 1 GB and the placement that a batch system gives, the ring does, although it needs 186 times as many steps.
+# With 28 MB Rabenseifner's few steps win in every placement. With 1 GB and the placement that a batch system gives, or a random one, the ring does, although it needs 186 times as many steps.
 #
-# These are predictions of a model, and it leaves things out: other people's traffic, the ranks' own delays, routes that adapt. They say what routes and placement alone cost. The simulator itself was checked against SimGrid, an established simulator of networks, for up to 512 hosts.
+# These are predictions of a model, and it leaves things out: other people's traffic, the ranks' own delays, routes that adapt, algorithms that work in several layers or in a pipeline (`allreduce.hierarchical` is one to try). They say what routes and placement alone cost. The simulator itself was checked against SimGrid, an established simulator of networks, for up to 512 hosts.
 #
 # ## Exercises
 #
-# **1. Write the missing step.** The allgather of a ring over $P$ ranks is given. Write the reduce-scatter before it: the function returns the transfers of one step.
+# **1. Write the missing step, in the other direction.** A ring may as well run to the left. Its allgather over $P$ ranks is given, and begins with chunk $r-1$ complete on rank $r$ (that is, chunk $(r-1) \bmod P$). Write the reduce-scatter that brings this about: the function returns the transfers of one step.
 
 # %% tags=["exercise"]
 from nurion_utils.allreduce import Schedule, Step, Transfer
 
 
+def allgather_step(step: int, P: int) -> list[Transfer]:
+    return [Transfer(r, (r - 1) % P, chunk=(r - 1 + step) % P, reduce=False) for r in range(P)]
+
+
 def reduce_scatter_step(step: int, P: int) -> list[Transfer]:
     transfers = []
     # --- solution
-    transfers = [Transfer(r, (r + 1) % P, chunk=(r - step) % P, reduce=True) for r in range(P)]
+    transfers = [Transfer(r, (r - 1) % P, chunk=(r + step) % P) for r in range(P)]
     # --- end solution
     return transfers
 
@@ -626,47 +646,50 @@ for P in (2, 4, 7):
     assert any(first), "Nothing is sent yet: put a list of Transfer(...) in place of the dots."
     assert all(len(step) == P for step in first), f"With {P} ranks, {P} transfers go on in every step, one from each rank."
     assert all(t.reduce for step in first for t in step), "In the reduce-scatter every transfer is reduced: reduce=True."
+    second = [allgather_step(step, P) for step in range(P - 1)]
     try:
-        Schedule("yours", P, P, (*map(Step.of, first), *allreduce.ring(P).steps[P - 1 :])).check()
+        Schedule("yours", P, P, tuple(map(Step.of, first + second))).check()
     except allreduce.ScheduleError as error:
         raise AssertionError(f"With {P} ranks it is not right yet: {error}.") from None
 print("Right, for any number of ranks.")
 
 # %% [markdown]
-# **2. Find the fault.** This schedule for four ranks was to be recursive doubling, and one of its transfers is wrong. `check` says that something is amiss at the end; the fault lies earlier. Print the schedule, and give the step (counted from 0), and what the transfer should be.
+# **2. Find the fault.** This ring of four ranks has one wrong transfer. `suspect.check()` complains where the damage shows; the fault itself lies earlier. `print(suspect)`, and give the step (counted from 0), the transfer as it is, and as it should be.
 
 # %% tags=["exercise"]
 from nurion_utils.allreduce import Schedule, Step, Transfer
 
+sent = [[0, 1, 2, 3], [3, 0, 1, 2], [2, 3, 1, 1], [1, 2, 3, 0], [0, 1, 2, 3], [3, 0, 1, 2]]  # chunk, by step and rank
 suspect = Schedule(
     "suspect",
     ranks=4,
-    chunks=1,
-    steps=(
-        Step.of([Transfer(0, 1, 0), Transfer(1, 0, 0), Transfer(2, 3, 0), Transfer(3, 2, 0, reduce=False)]),
-        Step.of([Transfer(0, 2, 0), Transfer(2, 0, 0), Transfer(1, 3, 0), Transfer(3, 1, 0)]),
+    chunks=4,
+    steps=tuple(
+        Step.of([Transfer(rank, (rank + 1) % 4, chunk, reduce=step < 3) for rank, chunk in enumerate(chunks)])
+        for step, chunks in enumerate(sent)
     ),
 )
 faulty_step, wrong, right_one = None, None, None  # a number, the Transfer as it is, the Transfer as it should be
 # --- solution
-faulty_step, wrong, right_one = 0, Transfer(3, 2, 0, reduce=False), Transfer(3, 2, 0)
+faulty_step, wrong, right_one = 2, Transfer(2, 3, 1), Transfer(2, 3, 0)
 # --- end solution
 
 # %% tags=["check"]
 from nurion_utils.allreduce import ScheduleError
 
-assert faulty_step is not None, "Put your three answers in place of the dots."
-assert faulty_step in (0, 1), "There are two steps, 0 and 1."
-assert wrong in list(suspect.steps[faulty_step]), f"Step {faulty_step} has no {wrong}: copy it from there."
+assert None not in (faulty_step, wrong, right_one), "Put your three answers in place of the dots."
+assert isinstance(wrong, Transfer) and isinstance(right_one, Transfer), "Give transfers as Transfer(source, destination, chunk)."
+assert faulty_step in range(6), "The steps are counted from 0 to 5."
+assert wrong in list(suspect.steps[faulty_step]), f"Step {faulty_step} has no {wrong}: compare with the print."
 steps = [[right_one if i == faulty_step and t == wrong else t for t in step] for i, step in enumerate(suspect.steps)]
 try:
-    Schedule("mended", 4, 1, tuple(Step.of(step) for step in steps)).check()
+    Schedule("mended", 4, 4, tuple(Step.of(step) for step in steps)).check()
 except ScheduleError as error:
     raise AssertionError(f"That does not mend it: {error}.") from None
-print("Right: rank 2 threw its own contribution away when it copied instead of adding.")
+print("Right: in a ring, the chunk that a rank sends counts down by one from step to step.")
 
 # %% [markdown]
-# **3. Choose an algorithm** for each of these, on links with $\alpha$ = 2.5 µs and 12.3 GB/s that nobody shares: `"naive"`, `"tree"`, `"ring"`, `"recursive_doubling"` or `"rabenseifner"`. Within 10 % of the best counts.
+# **3. Choose an algorithm** for each of these, on links with $\alpha$ = 2.5 µs and 12.3 GB/s that nobody shares: `"naive"`, `"tree"`, `"ring"`, `"recursive_doubling"` or `"rabenseifner"`. Within 10 % of the best counts. Six ranks are no power of two, so Rabenseifner and recursive doubling send the array of two ranks to neighbours first, and back at the end.
 
 # %% tags=["exercise"]
 choices = {
@@ -688,7 +711,8 @@ for (n, size), chosen in choices.items():
     assert chosen in algorithms, f"There is no {chosen!r}; choose from {', '.join(algorithms)}."
     seconds = {name: make(n).time(size, allreduce.Link(2.5e-6, 1 / 12.3e9)) for name, make in algorithms.items()}
     ratio = seconds[chosen] / min(seconds.values())
-    assert ratio < 1.1, f"{n} ranks, {size} bytes: {chosen} takes {ratio:.3g} times as long as the best. Steps or bytes?"
+    costs = f"{len(algorithms[chosen](n).steps)} steps, of which start-up alone is {2.5e-3 * len(algorithms[chosen](n).steps):.3g} ms"
+    assert ratio < 1.1, f"{n} ranks, {size} bytes: {chosen} takes {ratio:.3g} times as long as the best; it has {costs}."
 print("Right, all three.")
 
 # %%
@@ -711,8 +735,8 @@ assert by_size.loc["ring, batch system", "1 GB, ms"] < by_size.loc["rabenseifner
 # %% [markdown]
 # ## What to take along
 #
-# - An allreduce costs a start-up time per message and a time per byte. The ring sends $2(P-1)$ messages and $2N(P-1)/P$ bytes per rank; fewer bytes are not possible.
-# - Small arrays want few steps: recursive doubling. Large arrays want few bytes: the ring, or Rabenseifner where there are thousands of ranks. Small tensors should be fused into large ones.
+# - An allreduce costs a start-up time per message and a time per byte. The ring sends $2(P-1)$ messages and $2N(P-1)/P$ bytes per rank; no algorithm gets by with fewer bytes from its busiest rank.
+# - Small arrays want few steps: recursive doubling. Large arrays want few bytes: the ring, or Rabenseifner, above all where there are thousands of ranks and their number is a power of two. Small tensors should be fused into large ones.
 # - A plan written as data can be counted, costed, simulated and proved right before it runs.
 # - On a blocking tree neighbours should sit near each other: in order the ring does not notice the blocking, at random it pays for it in every step.
 #

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from mpi4py import MPI
 
 from nurion_utils.allreduce.schedule import Link, Schedule, size, whole_number
 
 if TYPE_CHECKING:
     import pandas as pd
+    from mpi4py import MPI
 
     from nurion_utils.ranks import World
 
@@ -42,22 +42,11 @@ def measure(
     require(contenders, world.n, sizes_bytes, repeats)
 
     def on_rank(*arguments: Any) -> list[dict]:
+        from mpi4py import MPI
+
         return observe(MPI.COMM_WORLD, *arguments)
 
     return pd.DataFrame(world.run(on_rank, dict(contenders), list(sizes_bytes), repeats)[0])
-
-
-class CountingComm(MPI.Intracomm):
-    """A communicator that counts what `Schedule.run` sends through it: messages, and bytes in them."""
-
-    def __init__(self, comm: MPI.Intracomm):
-        self.messages = self.bytes_sent = 0
-
-    def Sendrecv(self, sendbuf: Any, dest: int, *args: Any, **kwargs: Any) -> None:  # noqa: N802 - mpi4py's name
-        if dest != MPI.PROC_NULL:
-            self.messages += 1
-            self.bytes_sent += memoryview(sendbuf[0]).nbytes
-        super().Sendrecv(sendbuf, dest, *args, **kwargs)
 
 
 def require(contenders: Any, n_ranks: int, sizes_bytes: Any, repeats: Any) -> None:
@@ -69,6 +58,8 @@ def require(contenders: Any, n_ranks: int, sizes_bytes: Any, repeats: Any) -> No
             raise ValueError(f"contender {name!r} must be a schedule, or None for MPI's own, not {schedule!r}")
         if schedule is not None and schedule.ranks != n_ranks:
             raise ValueError(f"contender {name!r} is for {schedule.ranks} ranks, and there are {n_ranks}")
+        if schedule is not None:
+            schedule.check()
     if isinstance(sizes_bytes, str) or not isinstance(sizes_bytes, Sequence) or not len(sizes_bytes):
         raise ValueError(f"sizes_bytes must be a list of lengths in bytes, not {sizes_bytes!r}")
     for each in sizes_bytes:
@@ -81,6 +72,8 @@ def observe(
     comm: MPI.Comm, contenders: Mapping[str, Schedule | None], sizes_bytes: Sequence[int], repeats: int
 ) -> list[dict]:
     """The part of `measure` that every rank of `comm` runs; the rows are the same on all of them."""
+    from mpi4py import MPI
+
     rows = []
     for size_bytes in sizes_bytes:
         numbers = [np.arange(size_bytes // 4) % 7 + rank for rank in (0, comm.rank)]

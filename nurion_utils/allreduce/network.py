@@ -28,8 +28,8 @@ import numpy as np
 from nurion_utils import _report
 from nurion_utils._engine import Failure
 from nurion_utils._report import RankError
-from nurion_utils.allreduce import _network_host, _network_rank, algorithms
-from nurion_utils.allreduce.schedule import Link, Schedule, whole_number
+from nurion_utils.allreduce import _network_host, _network_rank, algorithms, measuring
+from nurion_utils.allreduce.schedule import Link, Schedule
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -171,8 +171,7 @@ class Lab:
         """
         import pandas as pd
 
-        self._check(contenders, sizes_bytes)
-        whole_number(repeats, "repeats")
+        measuring.require(contenders, self.ranks, sizes_bytes, repeats)
         for name, schedule in contenders.items():
             self._observe(name, schedule, min(WARM_UP_BYTES, max(sizes_bytes)))
         rows = [
@@ -201,21 +200,6 @@ class Lab:
         return f"<Lab of {self.ranks} ranks on links of {self.rate_mbit:g} Mbit/s: {self._ended or 'open'}>"
 
     # -- measuring --------------------------------------------------------------------------------------------------
-
-    def _check(self, contenders: Mapping[str, Schedule | None], sizes_bytes: Sequence[int]) -> None:
-        if not contenders or not len(sizes_bytes):
-            raise ValueError("measure needs contenders, such as {'ring': allreduce.ring(4)}, and sizes_bytes")
-        for name, schedule in contenders.items():
-            if schedule is None:
-                continue
-            if not isinstance(schedule, Schedule):
-                raise ValueError(f"contender {name!r} must be a schedule, or None for MPI's own, not {schedule!r}")
-            if schedule.ranks != self.ranks:
-                raise ValueError(f"contender {name!r} is for {schedule.ranks} ranks, but this lab has {self.ranks}")
-            schedule.check()
-        for size in sizes_bytes:
-            if whole_number(size, "a size in sizes_bytes") % 4:
-                raise ValueError(f"sizes_bytes must be multiples of 4, the bytes of a float32, not {size}")
 
     def _observe(self, name: str, schedule: Schedule | None, size_bytes: int) -> dict[str, float]:
         # what the schedule works out on first use travels with it, and takes no time on the ranks

@@ -131,3 +131,16 @@ def _explain(comm: MPI.Comm, problem: str, schedule: Schedule, array: Any, op: A
         return "allreduce refused on all ranks, because of " + "; ".join(problems)
     brought = "; ".join(f"rank {rank}: {what}" for rank, (_, what) in enumerate(everyone))
     return f"allreduce refused: all ranks must bring the same length, dtype, op and schedule, not {brought}"
+
+
+class CountingComm(MPI.Intracomm):
+    """A communicator that counts what `Schedule.run` sends through it: messages, and bytes in them."""
+
+    def __init__(self, comm: MPI.Intracomm):
+        self.messages = self.bytes_sent = 0
+
+    def Sendrecv(self, sendbuf: Any, dest: int, *args: Any, **kwargs: Any) -> None:  # noqa: N802 - mpi4py's name
+        if dest != MPI.PROC_NULL:
+            self.messages += 1
+            self.bytes_sent += memoryview(sendbuf[0]).nbytes
+        super().Sendrecv(sendbuf, dest, *args, **kwargs)
