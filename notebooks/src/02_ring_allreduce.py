@@ -654,12 +654,12 @@ for P in (2, 4, 7):
 print("Right, for any number of ranks.")
 
 # %% [markdown]
-# **2. Find the fault.** This ring of four ranks has one wrong transfer. `suspect.check()` complains where the damage shows; the fault itself lies earlier. `print(suspect)`, and give the step (counted from 0), the transfer as it is, and as it should be.
+# **2. Find the fault.** This ring of four ranks has one wrong transfer. `suspect.check()` says what is missing at the end; the fault lies earlier. `print(suspect)`, and give the step (counted from 0), the transfer as it is, and as it should be.
 
 # %% tags=["exercise"]
 from nurion_utils.allreduce import Schedule, Step, Transfer
 
-sent = [[0, 1, 2, 3], [3, 0, 1, 2], [2, 3, 1, 1], [1, 2, 3, 0], [0, 1, 2, 3], [3, 0, 1, 2]]  # chunk, by step and rank
+sent = [[0, 1, 2, 3], [3, 0, 1, 2], [2, 3, 0, 1], [0, 2, 3, 0], [0, 1, 2, 3], [3, 0, 1, 2]]  # chunk, by step and rank
 suspect = Schedule(
     "suspect",
     ranks=4,
@@ -671,14 +671,14 @@ suspect = Schedule(
 )
 faulty_step, wrong, right_one = None, None, None  # a number, the Transfer as it is, the Transfer as it should be
 # --- solution
-faulty_step, wrong, right_one = 2, Transfer(2, 3, 1), Transfer(2, 3, 0)
+faulty_step, wrong, right_one = 3, Transfer(0, 1, 0, reduce=False), Transfer(0, 1, 1, reduce=False)
 # --- end solution
 
 # %% tags=["check"]
 from nurion_utils.allreduce import ScheduleError
 
 assert None not in (faulty_step, wrong, right_one), "Put your three answers in place of the dots."
-assert isinstance(wrong, Transfer) and isinstance(right_one, Transfer), "Give transfers as Transfer(source, destination, chunk)."
+assert isinstance(wrong, Transfer) and isinstance(right_one, Transfer), "Write transfers as Transfer(0, 1, 0, reduce=True)."
 assert faulty_step in range(6), "The steps are counted from 0 to 5."
 assert wrong in list(suspect.steps[faulty_step]), f"Step {faulty_step} has no {wrong}: compare with the print."
 steps = [[right_one if i == faulty_step and t == wrong else t for t in step] for i, step in enumerate(suspect.steps)]
