@@ -4,6 +4,8 @@ PYTHON ?= $(shell for python in .venv/bin/python python3.11 python3; do \
 	done; echo $$python)
 # A module system's Python packages must not shadow the pinned ones.
 unexport PYTHONPATH PYTHONHOME
+# Importing TensorFlow takes three times as long where no bytecode may be kept, and each rank imports it.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test lab site notebooks figures bench lock clean
