@@ -8,6 +8,7 @@ message at all, only the knowledge that the chunk is ready.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -19,7 +20,8 @@ from nurion_utils.allreduce.running import OPERATIONS, TYPES, agree
 from nurion_utils.allreduce.schedule import Schedule, whole_number
 
 LINE = 64  # bytes of a cache line: counters that different ranks write must not share one
-SPINS = 200  # looks at a counter before the core is offered to somebody else
+STRETCH_BYTES = 2**19  # of each chunk in a pass: with the neighbour's it fits the cache of a core
+SPINS = 20  # looks at a counter before the core is offered to somebody else
 
 
 class SharedArray:
@@ -72,37 +74,43 @@ class SharedArray:
         self.array = self._arrays[comm.rank]
 
     def allreduce(self, schedule: Schedule, op: str = "sum") -> None:
-        """Do what ``schedule.run(comm, array, op)`` does, with the same result to the last bit."""
+        """Do what ``schedule.run(comm, array, op)`` does, with the same result to the last bit.
+
+        A long array is taken in several passes, a stretch of every chunk in each, so that what one rank has just
+        written is still in the cache when the next one reads it.
+        """
         comm = self._comm
         agree(comm, schedule, self.array, op)
-        me, combine, base = comm.rank, OPERATIONS[op], self._base
+        me, combine, own = comm.rank, OPERATIONS[op], self.array
         ready, read, wait = self._ready[me], self._read[me], self._wait
-        for step, source, r0, r1, reduce, apart, readers in _moves(schedule, me, self.array.size):
-            self._window.Sync()  # what was written is there before the counter says so
-            ready[0] = base + step
-            mine = self.array[r0:r1]
-            if source is not None:
-                wait(self._ready[source], base + step)
-                theirs = self._arrays[source][r0:r1]
-                if apart:
-                    theirs = theirs.copy()
-                    read[0] = base + step + 1
-            for reader, their_step in readers:  # who must have read what is about to be overwritten
-                wait(self._read[reader], base + their_step + 1)
-            if source is not None:
-                if reduce:
-                    combine(mine, theirs, mine)
-                else:
-                    mine[:] = theirs
-            self._window.Sync()
-            read[0] = base + step + 1
-        self._window.Sync()
-        self._base += len(schedule.steps)
-        ready[0] = read[0] = self._base
+        for moves in _passes(schedule, me, own.size, STRETCH_BYTES // own.itemsize):
+            base = self._base
+            for step, source, pieces, reduce, apart, readers in moves:
+                self._window.Sync()  # what was written is there before the counter says so
+                ready[0] = base + step
+                if source is not None:
+                    wait(self._ready[source], base + step)
+                    theirs = [self._arrays[source][piece] for piece in pieces]
+                    if apart:
+                        theirs = [values.copy() for values in theirs]
+                        read[0] = base + step + 1
+                for reader, their_step in readers:  # who must have read what is about to be overwritten
+                    wait(self._read[reader], base + their_step + 1)
+                if source is not None:
+                    for piece, values in zip(pieces, theirs, strict=True):
+                        mine = own[piece]
+                        if reduce:
+                            combine(mine, values, mine)
+                        else:
+                            mine[:] = values
+                self._window.Sync()
+                read[0] = base + step + 1
+            self._base += len(schedule.steps)
+            ready[0] = read[0] = self._base
         for reader, step in _last_readers(schedule, me):  # then the caller may write again
             wait(self._read[reader], base + step + 1)
         if op == "mean":
-            self.array /= comm.size
+            own /= comm.size
 
     def _wait(self, counter: memoryview, least: int) -> None:
         looks = 0
@@ -132,25 +140,37 @@ class SharedArray:
 class _Move(NamedTuple):
     step: int
     source: int | None
-    first: int
-    last: int
+    pieces: list[slice]
     reduce: bool
     apart: bool  # what I write is being read in this very step, perhaps by the rank I read from
     readers: list[tuple[int, int]]  # rank and step of those that read, up to now, what I am to overwrite
 
 
 @lru_cache(maxsize=64)
-def _moves(schedule: Schedule, rank: int, n: int) -> list[_Move]:
-    moves, sent = [], []
+def _passes(schedule: Schedule, rank: int, n: int, at_once: int) -> list[list[_Move]]:
+    """What `rank` does with an array of n elements, in passes over `at_once` or a little more of each chunk's."""
+    passes = max(1, n // (schedule.chunks * at_once))
+    return [list(_moves(schedule, rank, n, number, passes)) for number in range(passes)]
+
+
+def _moves(schedule: Schedule, rank: int, n: int, number: int, passes: int) -> Iterator[_Move]:
+    """Pass `number` of `passes` takes that part of every chunk, so that each element is in the chunk it belongs to."""
+    chunks = schedule.chunks
+    bounds = [c * n // chunks for c in range(chunks + 1)]
+    lengths = [bounds[c + 1] - bounds[c] for c in range(chunks)]
+    stretches = [
+        slice(bounds[c] + number * lengths[c] // passes, bounds[c] + (number + 1) * lengths[c] // passes)
+        for c in range(chunks)
+    ]
+    sent = []
     for a in schedule.actions(rank):
         if a.send_to is not None:
             sent.append((a.send_to, a.step, *a.send))
         r0, r1 = a.receive
         readers = {reader: step for reader, step, s0, s1 in sent if s0 < r1 and r0 < s1}
-        first, last = (chunk * n // schedule.chunks for chunk in a.receive)
-        apart = a.step in readers.values()
-        moves.append(_Move(a.step, a.receive_from, first, last, a.reduce, apart, list(readers.items())))
-    return moves
+        # chunks that follow one another are one piece if there is one pass only
+        pieces = [slice(bounds[r0], bounds[r1])] if passes == 1 else stretches[r0:r1]
+        yield _Move(a.step, a.receive_from, pieces, a.reduce, a.step in readers.values(), list(readers.items()))
 
 
 @lru_cache(maxsize=64)

@@ -16,7 +16,7 @@ MALLOC = ":".join(f"glibc.malloc.{setting}" for setting in SETTINGS)
 _calls: dict[str, Any] = {}
 
 
-def measure(n_ranks: int, size_bytes: int, pairs: int = 12, block_s: float = 0.15) -> pd.DataFrame:
+def measure(n_ranks: int, size_bytes: int, pairs: int = 9, block_s: float = 0.7) -> pd.DataFrame:
     """Time one allreduce of float32: "native", "ring" (`Schedule.run`) and "shared" (`SharedArray.allreduce`)."""
     with ranks.start(n_ranks, env={"GLIBC_TUNABLES": MALLOC}) as world:
         first_s = dict(world.run(prepare, n_ranks, size_bytes)[0])
