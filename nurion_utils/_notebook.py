@@ -1,5 +1,6 @@
 """The notebook's side of a world: one progress bar for all ranks, and ``%%px`` cells that cannot hang."""
 
+import contextlib
 import sys
 import time
 import weakref
@@ -110,7 +111,7 @@ def register_magics(world: Any) -> None:
     class RankMagics(ParallelMagics):
         """ipyparallel's ``%%px`` with a world's way of waiting."""
 
-        def parallel_execute(self, cell, block=None, groupby="type", save_name=None, **_):
+        def parallel_execute(self, cell, block=None, groupby="type", save_name=None, stream_output=None, **_):
             world._require_running()
             sent = self.view.execute(cell, silent=False, block=False)
             result = RankResult(sent._client, sent._children, fname="%px", targets=sent._targets)
@@ -120,10 +121,13 @@ def register_magics(world: Any) -> None:
                 self.shell.user_ns[save_name] = result
             if not (self.view.block if block is None else block):
                 return result
-            with result.stream_output():
+            streams = stream_output is not False  # --no-stream: not as it comes, but in the order of the ranks
+            with result.stream_output() if streams else contextlib.nullcontext():
                 try:
                     world._wait(result)
                 finally:
                     result.wait_for_output(1)
+                    if not streams:
+                        result.display_outputs(groupby)
 
     shell().register_magics(RankMagics(shell(), world._view))

@@ -46,6 +46,12 @@ def test_a_cell_runs_on_every_rank_and_its_output_carries_the_rank(notebook: Not
     assert (outputs.printed, outputs.error) == ("", "")
 
 
+def test_without_streaming_the_output_comes_in_the_order_of_the_ranks(notebook: Notebook) -> None:
+    late_first = "%%px --no-stream\nimport time\ntime.sleep(0.5 * (1 - mpi_rank))\nprint('rank', mpi_rank)"
+    assert notebook.run(late_first).printed.split("\n") == ["[stdout:0] ", "rank 0", "[stdout:1] ", "rank 1", ""]
+    assert "rank 1 of 2 raised ZeroDivisionError" in notebook.run("%%px --no-stream\n1 / (1 - mpi_rank)").error
+
+
 def test_variables_stay_on_the_ranks_between_cells(notebook: Notebook) -> None:
     notebook.run("%%px\nmine = 10 * mpi_rank")
     values = notebook.run("%px mine + 1")
