@@ -7,12 +7,13 @@ import pickle
 import random
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nurion_utils import allreduce
-from nurion_utils.allreduce import Link, Schedule, ScheduleError, Step, Transfer
+from nurion_utils.allreduce import Link, Schedule, ScheduleError, Step, Transfer, drawing, measuring
 from nurion_utils.allreduce.checking import walk
 
 ALGORITHMS = {
@@ -238,6 +239,13 @@ def test_a_ring_of_the_whole_machine_takes_little_memory():
         (lambda: allreduce.ring(4).bytes_sent(0, 10, itemsize=4), "10 bytes are no whole number of elements of 4"),
         (lambda: allreduce.ring(4).time(-1, Link(1, 1)), "size_bytes must be a number of bytes from 0 up"),
         (lambda: allreduce.ring(4).time(math.nan, Link(1, 1)), "size_bytes must be a number of bytes"),
+        (lambda: allreduce.ring(4).time(1e6, 12.3), r"link must be a Link\(alpha_s, beta_s_per_byte\), not 12.3"),
+        (lambda: allreduce.ring(4).simulate(1e6, None), "fabric must be a FatTree.* not None"),
+        (lambda: Step.of([(0, 1, 0)]), r"a step is made of Transfer\(source, destination, chunk\), not \(0, 1, 0\)"),
+        (lambda: Step.of([Transfer(0, 1, 0.5)]), "chunk of a transfer must be a whole number from 0 up, not 0.5"),
+        (lambda: Step.of([Transfer(-1, 1, 0)]), "source of a transfer must be a whole number from 0 up, not -1"),
+        (lambda: drawing.timeline(pd.DataFrame({"rank": [0]})), "needs the columns rank, step.* lacks step, begin_s"),
+        (lambda: measuring.fit(pd.DataFrame({"ranks": [0]}), {"native": None}), "it lacks contender, size_bytes, time"),
         (lambda: Link(-1, 0), "alpha_s must be a number from 0 up, not -1"),
         (lambda: Schedule("mine", 2, 0, ()), "chunks must be a whole number from 1 up, not 0"),
         (lambda: Schedule("mine", 2, 2, ([Transfer(0, 1, 0)],)), "steps must be made with Step.of"),

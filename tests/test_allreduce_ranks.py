@@ -148,6 +148,17 @@ def test_what_cannot_be_reduced_is_refused_on_every_rank(world2: ranks.World, wh
         raise ValueError(first)
 
 
+def test_shared_memory_refuses_what_is_no_schedule_on_every_rank(world2: ranks.World):
+    def attempt() -> str:
+        with allreduce.SharedArray(MPI.COMM_WORLD, 4) as shared:
+            try:
+                shared.allreduce("ring")
+            except ValueError as error:
+                return str(error)
+
+    assert all("a schedule is needed, such as allreduce.ring(2), not 'ring'" in text for text in world2.run(attempt))
+
+
 def test_a_broken_schedule_is_refused_before_it_can_hang(world2: ranks.World):
     def attempt() -> str:
         send = allreduce.Step.of([allreduce.Transfer(0, 1, 0)])

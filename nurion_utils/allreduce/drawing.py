@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch
 
 from nurion_utils.allreduce.checking import walk
+from nurion_utils.allreduce.measuring import require_columns
 from nurion_utils.allreduce.schedule import Schedule, Step
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def timeline(trace: pd.DataFrame) -> Figure:
     trace
         The rows that `running.run` put into ``trace`` on all ranks: ``rank, step, begin_s, received_s, end_s``.
     """
+    require_columns(trace, ["rank", "step", "begin_s", "received_s", "end_s"])
     start_s = trace["begin_s"].min()
     n_ranks = trace["rank"].max() + 1
     figure, axis = plt.subplots(figsize=(7.5, 0.5 * n_ranks + 1.2), layout="constrained")

@@ -203,6 +203,8 @@ def simulate(
     """
     import pandas as pd
 
+    if not isinstance(fabric, FatTree):
+        raise ValueError(f"fabric must be a FatTree, such as FatTree.of(sites.load('nurion')), not {fabric!r}")
     chunk_bytes = size(size_bytes) / schedule.chunks
     nodes = _nodes(schedule.ranks, fabric, placement)
     # The steps of a ring share their columns, so that only the few different ones need work; an id stays what it is

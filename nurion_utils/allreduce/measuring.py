@@ -68,6 +68,11 @@ def require(contenders: Any, n_ranks: int, sizes_bytes: Any, repeats: Any) -> No
     whole_number(repeats, "repeats")
 
 
+def require_columns(table: pd.DataFrame, names: list[str]) -> None:
+    if missing := [name for name in names if name not in table]:
+        raise ValueError(f"the table needs the columns {', '.join(names)}; it lacks {', '.join(missing)}")
+
+
 def observe(
     comm: MPI.Comm, contenders: Mapping[str, Schedule | None], sizes_bytes: Sequence[int], repeats: int
 ) -> list[dict]:
@@ -114,6 +119,7 @@ def fit(table: pd.DataFrame, contenders: Mapping[str, Schedule | None]) -> dict[
     """
     from scipy.optimize import nnls
 
+    require_columns(table, ["contender", "size_bytes", "time_s"])
     links = {}
     for name, schedule in contenders.items():
         times = table[table["contender"] == name].groupby("size_bytes")["time_s"].median()

@@ -102,6 +102,8 @@ def _same_for_all(schedule: Schedule, n: int, dtype: np.dtype, op: str) -> np.nd
 
 def _problem(comm: MPI.Comm, schedule: Schedule, array: Any, op: Any) -> str:
     """What is wrong with this rank's own arguments, in words."""
+    if not isinstance(schedule, Schedule):
+        return f"a schedule is needed, such as allreduce.ring({comm.size}), not {schedule!r}"
     if comm.size != schedule.ranks:
         return f"{schedule!r} cannot run on the {comm.size} ranks of this communicator"
     if not isinstance(array, np.ndarray):

@@ -52,6 +52,12 @@ class Step:
     @classmethod
     def of(cls, transfers: Iterable[Transfer]) -> Step:
         """A step of these transfers."""
+        transfers = list(transfers)
+        for transfer in transfers:
+            if not isinstance(transfer, Transfer):
+                raise ValueError(f"a step is made of Transfer(source, destination, chunk), not {transfer!r}")
+            for name in ("source", "destination", "chunk", "count"):
+                whole_number(getattr(transfer, name), f"{name} of a transfer", least=0)
         columns = [np.array(column) for column in zip(*transfers, strict=True)]
         for column in columns:
             column.flags.writeable = False
@@ -209,6 +215,8 @@ class Schedule:
         into equal chunks.
         """
         n = size(size_bytes)
+        if not isinstance(link, Link):
+            raise ValueError(f"link must be a Link(alpha_s, beta_s_per_byte), not {link!r}")
 
         def slowest(transfers: frozenset[tuple[float, bool]]) -> float:
             rates = (share * (link.beta_s_per_byte + reduce * link.gamma_s_per_byte) for share, reduce in transfers)
