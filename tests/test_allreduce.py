@@ -209,7 +209,27 @@ def test_schedules_cannot_be_changed():
         ring.ranks = 5
     with pytest.raises(ValueError, match="read-only"):
         ring.steps[0].chunk[0] = 2
-    assert pickle.loads(pickle.dumps(ring)) == ring
+    copied = pickle.loads(pickle.dumps(ring))
+    assert copied == ring
+    with pytest.raises(ValueError, match="read-only"):
+        copied.steps[0].chunk[0] = 2
+
+
+def test_equal_schedules_have_one_hash_and_only_they_pass_for_the_same_on_ranks():
+    first, second = Transfer(0, 1, 0), Transfer(2, 3, 0)
+    one, other = (Schedule("mine", 4, 1, (Step.of(order),)) for order in ([first, second], [second, first]))
+    assert one == other and len({one, other}) == 1
+    apart = Schedule("mine", 4, 1, (Step.of([first]), Step.of([second])))
+    assert apart != one and apart.fingerprint != one.fingerprint
+
+
+def test_numbers_from_numpy_are_as_good_as_any():
+    ring = allreduce.ring(np.int32(64))
+    ring.check()
+    assert ring == allreduce.ring(64) and ring.bytes_sent(0, np.int32(2**30)) == allreduce.ring(64).bytes_sent(0, 2**30)
+    transfer = Transfer(0, 1, np.int8(100), np.int8(100))
+    assert Schedule("mine", 2, 200, (Step.of([transfer]),)).actions(0)[0].send == (100, 200)
+    assert Link(np.float32(1), 0).alpha_s == 1
 
 
 def test_schedules_print_their_steps():
@@ -249,7 +269,7 @@ def test_a_ring_of_the_whole_machine_takes_little_memory():
         (lambda: Link(-1, 0), "alpha_s must be a number from 0 up, not -1"),
         (lambda: Schedule("mine", 2, 0, ()), "chunks must be a whole number from 1 up, not 0"),
         (lambda: Schedule("mine", 2, 2, ([Transfer(0, 1, 0)],)), "steps must be made with Step.of"),
-        (lambda: allreduce.ring(40).draw(), "a drawing has room for 16 ranks, and this schedule has 40"),
+        (lambda: allreduce.ring(40).draw(), "room for 16 ranks and as many chunks, and this is <ring on 40"),
         (lambda: allreduce.naive(16).draw(), "a drawing has room for 29 steps, and this schedule has 30"),
     ],
 )

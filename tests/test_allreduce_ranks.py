@@ -118,6 +118,8 @@ BAD = {
     "dtype": (lambda rank: np.zeros(4, complex if rank == 1 else float), {}, "rank 1: the array must be of float16"),
     "list": (lambda rank: [0.0] * 4, {}, "rank 0: a numpy array is needed, not list; rank 1: a numpy array"),
     "strided": (lambda rank: np.zeros(8)[::2] if rank else np.zeros(4), {}, "rank 1: the array is not contiguous"),
+    "matrix": (lambda rank: np.matrix([1.0, 2.0]), {}, "a numpy array is needed, not matrix"),
+    "trace": (lambda rank: np.zeros(4), {"trace": True}, "trace must be a list, or None, not True"),
     "read-only": (lambda rank: np.broadcast_to(0.0, 1), {}, "the array is read-only; pass a copy"),
     "length": (lambda rank: np.zeros(4 + rank), {}, "rank 0: 4 x float64, sum, <ring.*; rank 1: 5 x float64"),
     "types": (lambda rank: np.zeros(4, ["f4", "f8"][rank]), {}, "rank 0: 4 x float32.*; rank 1: 4 x float64"),
@@ -138,7 +140,7 @@ def test_what_cannot_be_reduced_is_refused_on_every_rank(world2: ranks.World, wh
         if "differ" in options and comm.rank:
             schedule = allreduce.naive(2)
         try:
-            schedule.run(comm, make(comm.rank), options.get("op", "sum"))
+            schedule.run(comm, make(comm.rank), options.get("op", "sum"), options.get("trace"))
         except ValueError as error:
             return str(error)
 
@@ -146,6 +148,38 @@ def test_what_cannot_be_reduced_is_refused_on_every_rank(world2: ranks.World, wh
     assert first == second and "\n" not in first
     with pytest.raises(ValueError, match=message):
         raise ValueError(first)
+
+
+def test_an_overflow_that_one_rank_takes_for_an_error_leaves_nobody_waiting(world2: ranks.World):
+    def overflow() -> list[float]:
+        comm, ring = MPI.COMM_WORLD, allreduce.ring(2)
+        errors = "raise" if comm.rank == 0 else "ignore"
+        with np.errstate(all=errors), allreduce.SharedArray(comm, 4, "float16") as shared:
+            array = np.full(4, 6e4, "float16")
+            shared.array[:] = array
+            shared.allreduce(ring)
+            ring.run(comm, array)
+            return [float(array[0]), float(shared.array[0])]
+
+    assert world2.run(overflow, timeout_s=TIMEOUT_S) == [[np.inf, np.inf]] * 2
+
+
+def test_a_shared_array_stays_where_it_is_and_can_be_closed_twice(world2: ranks.World):
+    def use() -> list[str]:
+        shared, errors = allreduce.SharedArray(MPI.COMM_WORLD, 4), []
+        try:
+            shared.array = np.zeros(4)
+        except AttributeError:
+            errors.append("array is not to be replaced")
+        shared.close()
+        shared.close()
+        try:
+            shared.allreduce(allreduce.ring(2))
+        except ValueError as error:
+            errors.append(str(error))
+        return errors
+
+    assert world2.run(use) == [["array is not to be replaced", "this SharedArray has been closed"]] * 2
 
 
 def test_shared_memory_refuses_what_is_no_schedule_on_every_rank(world2: ranks.World):
@@ -173,6 +207,7 @@ def test_a_broken_schedule_is_refused_before_it_can_hang(world2: ranks.World):
 @pytest.mark.parametrize(
     "n, dtype, message",
     [("4", "f4", "number of elements must be"), (4, "c8", "dtype must be float16"), (4, "no", "not understood"),
+     (10**15, "f4", "2 arrays of 1000000000000000 elements need 8,000,000,000,000,256 bytes in /dev/shm, which has"),
      (None, "f4", "all ranks must ask for the same array")],
 )  # fmt: skip
 def test_shared_arrays_that_cannot_be_are_refused_on_every_rank(world2: ranks.World, n, dtype, message: str):

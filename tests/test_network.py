@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nurion_utils import allreduce
-from nurion_utils.allreduce import LabError, Schedule, network
+from nurion_utils.allreduce import LabError, Schedule, _network_host, network
 
 ALGORITHMS = [
     *[allreduce.ring, allreduce.naive, allreduce.tree],
@@ -175,6 +175,39 @@ def test_a_failure_that_ranks_would_wait_for_is_named_soon_and_ends_the_lab(perm
             lab.run(here)
 
 
+def test_answers_that_nobody_waited_for_are_not_those_of_the_next_question(permitted: None) -> None:
+    def too_late(*_: object) -> None:
+        raise TimeoutError
+
+    with allreduce.lab(2, rate_mbit=200) as lab:
+        before = signal.signal(signal.SIGALRM, too_late)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            with pytest.raises(TimeoutError):
+                lab.run(time.sleep, 2)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        with pytest.raises(LabError, match="closed by a TimeoutError while its ranks were at work; open a new one"):
+            lab.run(os.getpid)
+
+
+def test_a_lab_whose_building_stalls_gives_up_and_leaves_nothing(
+    permitted: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stalls = tmp_path / "tc"
+    stalls.write_text("#!/bin/sh\nsleep 1000\n")
+    stalls.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(_network_host, "START_TIMEOUT_S", 2.0)
+    before, begin_s = psutil.Process().children(recursive=True), time.monotonic()
+    with pytest.raises(LabError, match="the network lab was not built within 2 s"):
+        allreduce.lab(2)
+    assert time.monotonic() - begin_s < PATIENCE_S
+    assert set(psutil.Process().children(recursive=True)) <= set(before)
+    assert not [process for process in psutil.process_iter() if str(stalls) in process.cmdline()]
+
+
 # -- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -193,11 +226,11 @@ def test_impossible_rates_are_refused(rate: object) -> None:
 @pytest.mark.parametrize(
     "contenders, sizes, repeats, words",
     [
-        ({}, [4], 1, "measure needs contenders"),
-        ({"native": None}, [], 1, "measure needs contenders"),
-        ({"ring": allreduce.ring(3)}, [4], 1, "'ring' is for 3 ranks, but this lab has 4"),
+        ({}, [4], 1, "contenders are a dictionary"),
+        ({"native": None}, [], 1, "sizes_bytes must be a list of lengths"),
+        ({"ring": allreduce.ring(3)}, [4], 1, "'ring' is for 3 ranks, and there are 4"),
         ({"ring": allreduce.ring}, [4], 1, "must be a schedule, or None for MPI's own"),
-        ({"native": None}, [4, 6], 1, "multiples of 4, the bytes of a float32, not 6"),
+        ({"native": None}, [4, 6], 1, "multiples of 4 bytes, the length of a float32, not 6"),
         ({"native": None}, [0], 1, "from 1 up, not 0"),
         ({"native": None}, [4], 0, "repeats must be a whole number from 1 up, not 0"),
     ],

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 START_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 10.0
 TICK_S = 0.1
 TOOLS = {
     **{"unshare": "util-linux", "nsenter": "util-linux", "mount": "mount", "ip": "iproute2", "tc": "iproute2"},
@@ -192,7 +193,11 @@ def _meet(
 def _end(process: subprocess.Popen[bytes], notebook: socket.socket) -> None:
     with contextlib.suppress(OSError):
         notebook.shutdown(socket.SHUT_RDWR)  # said aloud: a forked child may keep the socket open
-    process.wait()
+    try:
+        process.wait(END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()  # and unshare takes process 1 with it
+        process.wait()
 
 
 # -- the lab's part -------------------------------------------------------------------------------------------------
@@ -206,10 +211,16 @@ def main() -> None:
     burst = max(1.6 * MTU, rate_mbit * 1e6 / 8 * BURST_S)
     shaper = f"tbf rate {rate_mbit * 1e6:.0f}bit burst {burst:.0f} limit {LIMIT}"
     links = [HOST.format(shm=SHM, host=h, rank=r, mtu=MTU, shaper=shaper) for r, h in enumerate(hosts)]
-    built = subprocess.run(["sh", "-ec", SWITCH + "".join(links)], stdin=subprocess.DEVNULL, capture_output=True)
-    if built.returncode:
-        notebook.sendall(built.stderr.strip() or b"the links could not be made")
-        return
+    with tempfile.TemporaryFile() as words:
+        command = ["sh", "-ec", SWITCH + "".join(links)]
+        building = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=words, stderr=words)
+        ready, *_ = select.select([notebook, owner, os.pidfd_open(building.pid)], [], [])
+        if notebook in ready or owner in ready:
+            return
+        if building.wait():
+            words.seek(0)
+            notebook.sendall(words.read().strip() or b"the links could not be made")
+            return
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(SOCKET)
         listener.listen(ranks)

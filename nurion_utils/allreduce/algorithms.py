@@ -11,7 +11,7 @@ from nurion_utils.allreduce.schedule import Schedule, Step, whole_number
 
 def naive(ranks: int) -> Schedule:
     """Rank 0 takes the whole array from one rank after the other, adds it up, and sends it back to each in turn."""
-    whole_number(ranks, "ranks")
+    ranks = whole_number(ranks, "ranks")
     others = np.arange(1, ranks)
     inwards = [_step(rank, 0, 0, 1, True) for rank in others]
     outwards = [_step(0, rank, 0, 1, False) for rank in others]
@@ -20,7 +20,7 @@ def naive(ranks: int) -> Schedule:
 
 def tree(ranks: int) -> Schedule:
     """Up and down a binomial tree: in each step half of those who still hold a sum hand it to a neighbour."""
-    whole_number(ranks, "ranks")
+    ranks = whole_number(ranks, "ranks")
     everyone = np.arange(ranks)
     up = list(_binomial(everyone, everyone, 1))
     return Schedule("tree", ranks, 1, (*up, *map(_reversed, reversed(up))))
@@ -31,7 +31,7 @@ def ring(ranks: int) -> Schedule:
 
     Patarasuk and Yuan (2009): 2 (P-1) / P of the array per rank, and no algorithm can do with less.
     """
-    whole_number(ranks, "ranks")
+    ranks = whole_number(ranks, "ranks")
     everyone = _fixed(np.arange(ranks))
     right = _fixed((everyone + 1) % ranks)
     one, yes, no = (_fixed(np.full(ranks, value)) for value in (1, True, False))
@@ -44,6 +44,7 @@ def ring(ranks: int) -> Schedule:
 
 def recursive_doubling(ranks: int) -> Schedule:
     """Partners at distance 1, 2, 4, ... exchange the whole array: few steps, many bytes (Thakur et al. 2005)."""
+    ranks = whole_number(ranks, "ranks")
     core, before, after = _fold(ranks, chunks=1)
     place = np.arange(len(core))
     steps = [_step(core, core[place ^ distance], 0, 1, True) for distance in _powers_below(len(core))]
@@ -56,7 +57,8 @@ def rabenseifner(ranks: int) -> Schedule:
     Rabenseifner's algorithm as MPICH has it (Thakur et al. 2005): reduce-scatter by recursive halving, allgather by
     recursive doubling.
     """
-    core, before, after = _fold(ranks, chunks=2 ** (whole_number(ranks, "ranks").bit_length() - 1))
+    ranks = whole_number(ranks, "ranks")
+    core, before, after = _fold(ranks, chunks=2 ** (ranks.bit_length() - 1))
     place, first, halves, joins = np.arange(len(core)), np.zeros(len(core), int), [], []
     for distance in _powers_below(len(core)):
         partner, half = core[place ^ distance], len(core) // (2 * distance)
@@ -69,8 +71,7 @@ def rabenseifner(ranks: int) -> Schedule:
 
 def hierarchical(ranks: int, ranks_per_node: int) -> Schedule:
     """Up a tree inside each node, around a ring of the nodes' first ranks, and down the trees again."""
-    whole_number(ranks, "ranks")
-    whole_number(ranks_per_node, "ranks_per_node")
+    ranks, ranks_per_node = whole_number(ranks, "ranks"), whole_number(ranks_per_node, "ranks_per_node")
     everyone = np.arange(ranks)
     leaders = everyone[::ranks_per_node]
     between = ring(len(leaders))
@@ -93,7 +94,7 @@ def _binomial(ranks: np.ndarray, place: np.ndarray, chunks: int) -> Iterator[Ste
 
 def _fold(ranks: int, chunks: int) -> tuple[np.ndarray, list[Step], list[Step]]:
     """A power of two of the ranks; the step in which the others hand them their arrays, and the step back."""
-    power = 2 ** (whole_number(ranks, "ranks").bit_length() - 1)
+    power = 2 ** (ranks.bit_length() - 1)
     extra = ranks - power
     out = np.arange(0, 2 * extra, 2)
     core = np.concatenate([out + 1, np.arange(2 * extra, ranks)])

@@ -89,8 +89,10 @@ def timeline(trace: pd.DataFrame) -> Figure:
         The rows that `running.run` put into ``trace`` on all ranks: ``rank, step, begin_s, received_s, end_s``.
     """
     require_columns(trace, ["rank", "step", "begin_s", "received_s", "end_s"])
+    if trace.empty:
+        raise ValueError("there is nothing to draw: the trace is empty, as that of one rank is")
     start_s = trace["begin_s"].min()
-    n_ranks = trace["rank"].max() + 1
+    n_ranks = int(trace["rank"].max()) + 1
     figure, axis = plt.subplots(figsize=(7.5, 0.5 * n_ranks + 1.2), layout="constrained")
     for row in trace.itertuples():
         exchange_ms, reduce_ms = (row.received_s - row.begin_s) * 1e3, (row.end_s - row.received_s) * 1e3
@@ -109,7 +111,7 @@ def timeline(trace: pd.DataFrame) -> Figure:
 def _states(schedule: Schedule) -> list[np.ndarray]:
     """How many contributions each rank holds of each chunk, before the first and after each step."""
     if max(schedule.ranks, schedule.chunks) > MOST_RANKS:
-        raise ValueError(f"a drawing has room for {MOST_RANKS} ranks, and this schedule has {schedule.ranks}")
+        raise ValueError(f"a drawing has room for {MOST_RANKS} ranks and as many chunks, and this is {schedule!r}")
     return [np.array([[bits.bit_count() for bits in chunks] for chunks in held]) for held in walk(schedule)]
 
 

@@ -122,9 +122,16 @@ def fit(table: pd.DataFrame, contenders: Mapping[str, Schedule | None]) -> dict[
     require_columns(table, ["contender", "size_bytes", "time_s"])
     links = {}
     for name, schedule in contenders.items():
-        times = table[table["contender"] == name].groupby("size_bytes")["time_s"].median()
+        rows = table[table["contender"] == name]
+        if "ranks" in table and schedule is not None:
+            rows = rows[rows["ranks"] == schedule.ranks]
+        elif "ranks" in table and rows["ranks"].nunique() > 1:
+            raise ValueError(f"the rows of {name!r} are of several numbers of ranks; choose those of one")
+        times = rows.groupby("size_bytes")["time_s"].median()
         if len(times) < 2:
             raise ValueError(f"a fit needs two sizes or more, and the table has {len(times)} of contender {name!r}")
+        if schedule is not None and not schedule.steps or not (times > 0).all():
+            raise ValueError(f"a fit needs steps and times above 0, which contender {name!r} has not")
         terms = np.array([[1.0, n] for n in times.index]) * _terms(schedule)
         scale = terms.max(axis=0)  # or the two columns differ by so much that nnls gives one up
         solution, _ = nnls(terms / scale / times.to_numpy()[:, None], np.ones(len(times)))

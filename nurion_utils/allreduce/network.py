@@ -135,8 +135,10 @@ class Lab:
             raise LabError(f"{self._ended}; open a new one with allreduce.lab({self.ranks}, {self.rate_mbit:g})")
         try:
             return [cloudpickle.loads(answer.pop()) for answer in self._ask(pickled, timeout_s)]
-        except KeyboardInterrupt:
-            self._ended = self._ended or "this lab was closed by a keyboard interrupt"
+        except LabError:
+            raise
+        except BaseException as error:  # the ranks are still at it, and would answer the next question with this one
+            self._ended = self._ended or f"this lab was closed by a {type(error).__name__} while its ranks were at work"
             self.close()
             raise
 

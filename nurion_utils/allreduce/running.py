@@ -27,7 +27,8 @@ def run(
     array
         Of float16, float32, float64, int32 or int64; any shape, contiguous.
     op
-        "sum", "max", "min", "prod" or, of floating-point arrays, "mean".
+        "sum", "max", "min", "prod" or, of floating-point arrays, "mean": the sum, divided at the end, so the sum must
+        fit the type.
     trace
         Gets one entry per step that this rank takes part in: ``rank, step, sent_bytes, begin_s, received_s,
         end_s`` (seconds on the clock of `time.perf_counter`).
@@ -37,26 +38,28 @@ def run(
     ValueError
         On every rank, when any of them brought what cannot be reduced or ranks disagree; nothing was sent then.
     """
-    agree(comm, schedule, array, op)
+    agree(comm, schedule, array, op, trace)
     flat = array.reshape(-1)
     moves, longest = _moves(schedule, comm.rank, flat.size)
     received = np.empty(longest, flat.dtype)
     as_bytes, received_bytes, each = flat.view(np.uint8), received.view(np.uint8), flat.itemsize
     combine = OPERATIONS[op]
-    for step, send_to, s0, s1, receive_from, r0, r1, reduce, apart in moves:
-        begin_s = time.perf_counter()
-        target = received_bytes[: (r1 - r0) * each] if apart else as_bytes[r0 * each : r1 * each]
-        sent = as_bytes[s0 * each : s1 * each]
-        comm.Sendrecv([sent, MPI.BYTE], send_to, recvbuf=[target, MPI.BYTE], source=receive_from)  # MPI has no float16
-        received_s = time.perf_counter()
-        if reduce:
-            mine = flat[r0:r1]
-            combine(mine, received[: r1 - r0], mine)
-        elif apart:
-            flat[r0:r1] = received[: r1 - r0]
-        if trace is not None:
-            times = {"begin_s": begin_s, "received_s": received_s, "end_s": time.perf_counter()}
-            trace.append({"rank": comm.rank, "step": step, "sent_bytes": sent.nbytes, **times})
+    with np.errstate(all="ignore"):  # an overflow that one rank took for an error would leave the others waiting
+        for step, send_to, s0, s1, receive_from, r0, r1, reduce, apart in moves:
+            begin_s = time.perf_counter()
+            target = received_bytes[: (r1 - r0) * each] if apart else as_bytes[r0 * each : r1 * each]
+            sent = as_bytes[s0 * each : s1 * each]
+            # as bytes, because MPI knows no float16
+            comm.Sendrecv([sent, MPI.BYTE], send_to, recvbuf=[target, MPI.BYTE], source=receive_from)
+            received_s = time.perf_counter()
+            if reduce:
+                mine = flat[r0:r1]
+                combine(mine, received[: r1 - r0], mine)
+            elif apart:
+                flat[r0:r1] = received[: r1 - r0]
+            if trace is not None:
+                times = {"begin_s": begin_s, "received_s": received_s, "end_s": time.perf_counter()}
+                trace.append({"rank": comm.rank, "step": step, "sent_bytes": sent.nbytes, **times})
     if op == "mean":
         flat /= comm.size
 
@@ -78,12 +81,14 @@ def _moves(schedule: Schedule, rank: int, n: int) -> tuple[list[tuple], int]:
     return moves, max((r1 - r0 for *_, r0, r1, _, apart in moves if apart), default=0)
 
 
-def agree(comm: MPI.Comm, schedule: Schedule, array: np.ndarray, op: str) -> None:
+def agree(comm: MPI.Comm, schedule: Schedule, array: np.ndarray, op: str, trace: list | None = None) -> None:
     """Raise the same `ValueError` on all ranks unless all brought the same, which otherwise might hang them.
 
     One native allreduce of 16 bytes, the only message beside those of the schedule.
     """
     problem = _problem(comm, schedule, array, op)
+    if not (problem or trace is None or isinstance(trace, list)):
+        problem = f"trace must be a list, or None, not {trace!r}"
     mine = _PROBLEM if problem else _same_for_all(schedule, array.size, array.dtype, op)
     least = np.empty_like(mine)
     comm.Allreduce([mine, MPI.INT64_T], [least, MPI.INT64_T], MPI.MIN)
@@ -106,7 +111,7 @@ def _problem(comm: MPI.Comm, schedule: Schedule, array: Any, op: Any) -> str:
         return f"a schedule is needed, such as allreduce.ring({comm.size}), not {schedule!r}"
     if comm.size != schedule.ranks:
         return f"{schedule!r} cannot run on the {comm.size} ranks of this communicator"
-    if not isinstance(array, np.ndarray):
+    if not isinstance(array, np.ndarray) or isinstance(array, np.matrix | np.ma.MaskedArray):
         return f"a numpy array is needed, not {type(array).__name__}"
     if array.dtype not in TYPES:
         return f"the array must be of float16, float32, float64, int32 or int64, not {array.dtype}"

@@ -58,10 +58,16 @@ class Step:
                 raise ValueError(f"a step is made of Transfer(source, destination, chunk), not {transfer!r}")
             for name in ("source", "destination", "chunk", "count"):
                 whole_number(getattr(transfer, name), f"{name} of a transfer", least=0)
-        columns = [np.array(column) for column in zip(*transfers, strict=True)]
-        for column in columns:
+        *numbers, reduce = zip(*transfers, strict=True) if transfers else [()] * 5
+        return cls(*(np.array(column, np.int64) for column in numbers), np.array(reduce, bool))
+
+    def __post_init__(self) -> None:
+        for column in vars(self).values():
             column.flags.writeable = False
-        return cls(*columns) if columns else cls(*[np.empty(0, int)] * 4, np.empty(0, bool))
+
+    def __setstate__(self, columns: dict[str, np.ndarray]) -> None:
+        vars(self).update(columns)
+        self.__post_init__()  # arrays forget on their way that they were read-only
 
     def __iter__(self) -> Iterator[Transfer]:
         columns = (self.source, self.destination, self.chunk, self.count, self.reduce)
@@ -108,7 +114,7 @@ class Link:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+            if not (isinstance(value, int | float | np.number) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a number from 0 up, not {value!r}")
 
 
@@ -131,7 +137,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for what in ("ranks", "chunks"):
-            whole_number(getattr(self, what), what)
+            object.__setattr__(self, what, whole_number(getattr(self, what), what))
         object.__setattr__(self, "steps", tuple(self.steps))
         if wrong := [step for step in self.steps if not isinstance(step, Step)]:
             raise TypeError(f"steps must be made with Step.of([Transfer(...), ...]), not {wrong[0]!r}")
@@ -155,9 +161,12 @@ class Schedule:
     @cached_property
     def fingerprint(self) -> int:
         """A number that differs between schedules, so that ranks can find out whether they follow the same one."""
-        rows = [np.stack([s.source, s.destination, s.chunk, s.count, s.reduce], axis=1) for s in self.steps]
-        text = repr((self.ranks, self.chunks, len(rows))).encode() + b"".join(row.tobytes() for row in rows)
-        return zlib.crc32(text)
+        number = zlib.crc32(repr((self.ranks, self.chunks)).encode())
+        for step in self.steps:  # equal steps give equal rows, in whatever order their transfers were written
+            rows = np.array([step.source, step.destination, step.chunk, step.count, step.reduce], np.int64)
+            rows = rows[:, np.lexsort(rows)]
+            number = zlib.crc32(rows.tobytes(), zlib.crc32(repr(len(step)).encode(), number))
+        return number
 
     # -- counting ---------------------------------------------------------------------------------------------
 
@@ -199,8 +208,8 @@ class Schedule:
 
         Whole elements travel, so where the chunks cannot be of equal length, ranks send slightly different amounts.
         """
-        whole_number(itemsize, "itemsize")
-        if whole_number(size_bytes, "size_bytes", least=0) % itemsize:
+        itemsize, size_bytes = whole_number(itemsize, "itemsize"), whole_number(size_bytes, "size_bytes", least=0)
+        if size_bytes % itemsize:
             raise ValueError(f"{size_bytes} bytes are no whole number of elements of {itemsize} bytes")
         n = size_bytes // itemsize
         sent = (action.send for action in self.actions(rank))

@@ -48,7 +48,7 @@ class SharedArray:
     """
 
     def __init__(self, comm: MPI.Comm, n: int, dtype: Any = "float32"):
-        everyone = comm.allgather((_problem(n, dtype), str(n), str(dtype)))
+        everyone = comm.allgather((_problem(n, dtype, comm.size), str(n), str(dtype)))
         if problems := [f"rank {rank}: {problem}" for rank, (problem, *_) in enumerate(everyone) if problem]:
             raise ValueError("; ".join(problems))
         if len({*everyone}) > 1:
@@ -60,18 +60,22 @@ class SharedArray:
         if apart:
             raise ValueError("the ranks of a SharedArray must be on one node; use Schedule.run between nodes")
         self._comm = comm.Dup()
-        self._type = np.dtype(dtype)
-        n_bytes = 2 * LINE + n * self._type.itemsize
-        self._window = MPI.Win.Allocate_shared(-(-n_bytes // LINE) * LINE, comm=self._comm)
+        self._window = MPI.Win.Allocate_shared(_window_bytes(n, dtype), comm=self._comm)
         memory = [self._window.Shared_query(rank)[0] for rank in range(comm.size)]
-        self._arrays = [np.frombuffer(m, self._type, count=n, offset=2 * LINE) for m in memory]
+        self._arrays = [np.frombuffer(m, dtype, count=int(n), offset=2 * LINE) for m in memory]
         # For every rank: how far its values are right, and how far it has read those of others, counted in steps.
         self._ready = [memoryview(m)[:8].cast("q") for m in memory]
         self._read = [memoryview(m)[LINE : LINE + 8].cast("q") for m in memory]
         self._ready[comm.rank][0] = self._read[comm.rank][0] = self._base = 0
         self._window.Lock_all()
         self._comm.Barrier()
-        self.array = self._arrays[comm.rank]
+
+    @property
+    def array(self) -> np.ndarray:
+        """This rank's own array; write into it, as in ``shared.array[:] = values``."""
+        if self._arrays is None:
+            raise ValueError("this SharedArray has been closed")
+        return self._arrays[self._comm.rank]
 
     def allreduce(self, schedule: Schedule, op: str = "sum") -> None:
         """Do what ``schedule.run(comm, array, op)`` does, with the same result to the last bit.
@@ -79,9 +83,9 @@ class SharedArray:
         A long array is taken in several passes, a stretch of every chunk in each, so that what one rank has just
         written is still in the cache when the next one reads it.
         """
-        comm = self._comm
-        agree(comm, schedule, self.array, op)
-        me, combine, own = comm.rank, OPERATIONS[op], self.array
+        comm, own = self._comm, self.array
+        agree(comm, schedule, own, op)
+        me, combine = comm.rank, OPERATIONS[op]
         ready, read, wait = self._ready[me], self._read[me], self._wait
         for moves in _passes(schedule, me, own.size, STRETCH_BYTES // own.itemsize):
             base = self._base
@@ -100,7 +104,8 @@ class SharedArray:
                     for piece, values in zip(pieces, theirs, strict=True):
                         mine = own[piece]
                         if reduce:
-                            combine(mine, values, mine)
+                            with np.errstate(all="ignore"):  # see running.run
+                                combine(mine, values, mine)
                         else:
                             mine[:] = values
                 self._window.Sync()
@@ -122,7 +127,9 @@ class SharedArray:
 
     def close(self) -> None:
         """Give the memory back; all ranks together.  The arrays must not be used any more."""
-        self.array = self._arrays = self._ready = self._read = None
+        if self._arrays is None:
+            return
+        self._arrays = self._ready = self._read = None
         self._window.Unlock_all()
         self._window.Free()
         self._comm.Free()
@@ -178,11 +185,21 @@ def _last_readers(schedule: Schedule, rank: int) -> list[tuple[int, int]]:
     return list({a.send_to: a.step for a in schedule.actions(rank) if a.send_to is not None}.items())
 
 
-def _problem(n: Any, dtype: Any) -> str:
+def _window_bytes(n: int, dtype: Any) -> int:
+    return -(-(2 * LINE + int(n) * np.dtype(dtype).itemsize) // LINE) * LINE
+
+
+def _problem(n: Any, dtype: Any, ranks: int) -> str:
     try:
         whole_number(n, "the number of elements", least=0)
-        if np.dtype(dtype) not in TYPES:
+        if dtype is None or np.dtype(dtype) not in TYPES:
             return f"dtype must be float16, float32, float64, int32 or int64, not {dtype!r}"
+        # Where memory files do not fit, the ranks would not hear of it before they die of a bus error.
+        if os.path.exists("/dev/shm"):
+            memory = os.statvfs("/dev/shm")
+            needed, free = ranks * _window_bytes(n, dtype), memory.f_bavail * memory.f_frsize
+            if needed > free:
+                return f"{ranks} arrays of {n} elements need {needed:,} bytes in /dev/shm, which has {free:,}"
     except (TypeError, ValueError) as error:
         return str(error)
     return ""
