@@ -205,7 +205,7 @@ def test_a_lab_whose_building_stalls_gives_up_and_leaves_nothing(
         allreduce.lab(2)
     assert time.monotonic() - begin_s < PATIENCE_S
     assert set(psutil.Process().children(recursive=True)) <= set(before)
-    assert not [process for process in psutil.process_iter() if str(stalls) in process.cmdline()]
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(stalls) in (p.info["cmdline"] or [])]
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------
