@@ -873,4 +873,4 @@ assert memory_table.set_index(["model", "batch per node"])["fits a Nurion node"]
 # - The message is as large as the model and independent of the batch; the time it takes must be small against the computing time of a step.
 # - A model that does not fit a node must be divided too. Cut between layers, its messages are as large as the activations at the cut.
 #
-# **Next:** how an allreduce works inside, and why a ring.
+# **Next:** [how an allreduce works inside, and why a ring](02_ring_allreduce.ipynb).
