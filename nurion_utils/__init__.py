@@ -3,18 +3,7 @@
 The rooms load when they are entered, so that ``import nurion_utils`` costs next to nothing.
 """
 
-from importlib import import_module
-from typing import Any
+from nurion_utils._lazy import load_on_use
 
 __version__ = "0.1.0"
-__all__ = ["allreduce", "health", "ranks", "sites", "training"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__all__, __getattr__, __dir__ = load_on_use(__name__, ["allreduce", "health", "ranks", "sites", "training"])

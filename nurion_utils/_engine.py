@@ -17,6 +17,7 @@ import warnings
 from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 PR_SET_PDEATHSIG = 1
 
@@ -139,6 +140,24 @@ class Failure:
 
     what: str  # "ValueError: no data"
     frames: list[tuple[str, int, str]]  # file, line, function; the notebook has the sources of its cells
+
+
+def pickle_call(function: Any, args: tuple, timeout_s: Any) -> bytes:
+    """What `call` takes; raises TypeError or ValueError, before anything runs, for what ranks cannot be asked."""
+    import cloudpickle
+
+    if not callable(function):
+        raise TypeError(f"run needs a function and its arguments, as in run(len, 'abc'), not {function!r}")
+    if timeout_s is not None and not (isinstance(timeout_s, int | float) and timeout_s > 0):
+        raise ValueError(f"timeout_s must be a positive number of seconds, or None, not {timeout_s!r}")
+    try:
+        return cloudpickle.dumps((function, args))
+    except Exception as error:
+        name = getattr(function, "__name__", repr(function))
+        raise TypeError(
+            f"{name} or its arguments cannot be sent to the ranks ({error}); "
+            "create what cannot be pickled inside the function"
+        ) from None
 
 
 def call(pickled: bytes) -> list[bytes] | Failure:

@@ -33,7 +33,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from nurion_utils import _report
-from nurion_utils._engine import call, cores_by_rank, is_complete, rank_environment
+from nurion_utils._engine import call, cores_by_rank, is_complete, pickle_call, rank_environment
 from nurion_utils._notebook import ProgressBar, progress, register_magics
 from nurion_utils._report import RankError
 
@@ -129,18 +129,7 @@ class World:
         """
         import cloudpickle
 
-        if not callable(function):
-            raise TypeError(f"run needs a function and its arguments, as in run(len, 'abc'), not {function!r}")
-        if timeout_s is not None and not (isinstance(timeout_s, int | float) and timeout_s > 0):
-            raise ValueError(f"timeout_s must be a positive number of seconds, or None, not {timeout_s!r}")
-        try:
-            pickled = cloudpickle.dumps((function, args))
-        except Exception as error:
-            name = getattr(function, "__name__", repr(function))
-            raise TypeError(
-                f"{name} or its arguments cannot be sent to the ranks ({error}); "
-                "create what cannot be pickled inside the function"
-            ) from None
+        pickled = pickle_call(function, args, timeout_s)
         self._require_running()
         results = self._wait(self._watch(self._view.apply_async(call, pickled)), timeout_s)
         return [cloudpickle.loads(result.pop()) for result in results]

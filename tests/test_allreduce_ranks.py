@@ -10,6 +10,7 @@ from mpi4py import MPI
 
 from nurion_utils import allreduce, ranks
 from nurion_utils.allreduce import drawing, measuring, running
+from nurion_utils.allreduce import shared as shared_module
 
 OPS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN, "prod": MPI.PROD, "mean": MPI.SUM}
 TIMEOUT_S = 60  # nothing here takes long unless it hangs
@@ -42,6 +43,7 @@ def each_group(body) -> list:
 def differences(comm: MPI.Comm) -> list[str]:
     """Where a schedule's result is not that of MPI, over lengths, types and operations, in both executors."""
     found = []
+    shared_module.STRETCH_BYTES = 64  # so that 1000 elements take several passes, and the shorter arrays one
     random = np.random.default_rng(comm.rank)
     for n in (0, 1, 3, comm.size + 1, 1000):
         for dtype in ("float16", "float32", "float64", "int32", "int64"):

@@ -7,8 +7,7 @@
 >>> ring.check()  # raises ScheduleError if the schedule is wrong
 """
 
-from importlib import import_module
-from typing import Any
+from nurion_utils._lazy import load_on_use
 
 _MODULE_OF = {
     "Link": "schedule",
@@ -28,16 +27,4 @@ _MODULE_OF = {
     "LabError": "network",
 }
 _MODULES = ["algorithms", "checking", "drawing", "fabric", "measuring", "network", "running", "schedule", "shared"]
-__all__ = sorted([*_MODULE_OF, *_MODULES])
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    if name in _MODULES:
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__all__, __getattr__, __dir__ = load_on_use(__name__, _MODULES, _MODULE_OF)

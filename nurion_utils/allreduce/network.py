@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 
 from nurion_utils import _report
-from nurion_utils._engine import Failure
+from nurion_utils._engine import Failure, pickle_call
 from nurion_utils._report import RankError
 from nurion_utils.allreduce import _network_host, _network_rank, algorithms, measuring
 from nurion_utils.allreduce.schedule import Link, Schedule
@@ -123,14 +123,7 @@ class Lab:
         """
         import cloudpickle
 
-        if not callable(function):
-            raise TypeError(f"run needs a function and its arguments, as in run(len, 'abc'), not {function!r}")
-        if timeout_s is not None and not (isinstance(timeout_s, int | float) and timeout_s > 0):
-            raise ValueError(f"timeout_s must be a positive number of seconds, or None, not {timeout_s!r}")
-        try:
-            pickled = cloudpickle.dumps((function, args))
-        except Exception as error:
-            raise TypeError(f"{function!r} or its arguments cannot be sent to the ranks ({error})") from None
+        pickled = pickle_call(function, args, timeout_s)
         if self._ended:
             raise LabError(f"{self._ended}; open a new one with allreduce.lab({self.ranks}, {self.rate_mbit:g})")
         try:

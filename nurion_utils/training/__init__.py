@@ -3,8 +3,7 @@
 Each name loads its module, and with it TensorFlow, when it is first used.
 """
 
-from importlib import import_module
-from typing import Any
+from nurion_utils._lazy import load_on_use
 
 _MODULE_OF = {
     "DistributedOptimizer": "optimizer",
@@ -17,16 +16,4 @@ _MODULE_OF = {
     "Shard": "shard",
 }
 _MODULES = ["callbacks", "digits", "elastic", "memory", "models", "optimizer", "shard", "volumes"]
-__all__ = sorted([*_MODULE_OF, *_MODULES])
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    if name in _MODULES:
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__all__, __getattr__, __dir__ = load_on_use(__name__, _MODULES, _MODULE_OF)
