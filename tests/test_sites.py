@@ -96,9 +96,7 @@ def test_figures_cannot_be_changed():
 
 
 ENTRIES = [
-    (number, line)
-    for number, line in enumerate(NURION.splitlines(), start=1)
-    if re.match(r"\w+ += \{ value", line)
+    (number, line) for number, line in enumerate(NURION.splitlines(), start=1) if re.match(r"\w+ += \{ value", line)
 ]
 
 
@@ -131,7 +129,7 @@ def test_a_wrong_entry_is_refused_naming_its_line_and_key(tmp_path, entry, mutat
         ("[fabric]", "[fabrik]", "the known ones are: .*fabric"),
         ("edge_up ", "edge_upp ", "edge_upp: no such entry is known here; .*edge_up,"),
         ("\nedge_up ", "\n# edge_up ", "edge_up: this entry is missing"),
-        ("[partitions.knl]", "[partition.knl]", "line 11: partition: no such entry"),
+        ("[partitions.knl]", "[partition.knl]", "line 12: partition: no such entry"),
         ("clock_ghz             = {", "clock_ghz             = ", "this is not TOML"),
     ],
 )
@@ -147,7 +145,7 @@ def test_the_command_shows_a_site_and_lists_all(capsys):
     shown = capsys.readouterr().out
     assert re.search(r"memory_usable_gb +82\.0 +GB +read +guide \(cache mode\)", shown)
     assert main(["list"]) == 0
-    assert capsys.readouterr().out.split("\n")[1].startswith("nurion")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == sites.names()
     assert main(["show", "nowhere"]) == 2
     assert "local, nurion" in capsys.readouterr().err
 

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 _DIRECTORY = Path(__file__).parent
 # A figure's unit is the ending of its name, so that it is written once.
 _UNITS = {
-    "_gb_per_s": "GB/s", "_per_cycle": "1/cycle", "_pflops": "Pflop/s", "_ghz": "GHz", "_gb": "GB",
-    "_tb": "TB", "_pb": "PB", "_us": "us", "_ns": "ns", "_percent": "%", "_hours": "h",
+    "_gb_per_s": "GB/s", "_per_s": "1/s", "_per_cycle": "1/cycle", "_pflops": "Pflop/s", "_ghz": "GHz",
+    "_gb": "GB", "_tb": "TB", "_pb": "PB", "_mib": "MiB", "_us": "us", "_ns": "ns", "_s": "s",
+    "_percent": "%", "_hours": "h",
 }  # fmt: skip
 
 
@@ -139,40 +140,65 @@ class Fabric(Part):
 
 
 class FileSystem(Part):
+    """A shared file system: files are cut into stripes, which lie on storage targets (Lustre's OSTs)."""
+
     path: str
     kind: str
-    capacity_pb: float = Field(gt=0)
     bandwidth_gb_per_s: float = Field(gt=0)
+    capacity_pb: float | None = Field(None, gt=0)
+    targets: int | None = Field(None, gt=0)
+    metadata_per_s: float | None = Field(None, gt=0)
+    stripe_count: int | None = Field(None, gt=0)
+    stripe_mib: float | None = Field(None, gt=0)
+    timeout_s: float | None = Field(None, gt=0)
 
 
 class BurstBuffer(Part):
+    """Flash between the nodes and the shared file system; ``back_end`` says how data gets there and back.
+
+    ``ime`` by commands that a job runs; ``datawarp`` and ``rabbit`` by directives that the scheduler reads before
+    the job starts; ``posix`` by copying to ``path``.
+    """
+
+    back_end: Literal["ime", "datawarp", "rabbit", "posix"]
     kind: str
-    capacity_tb: float = Field(gt=0)
-    capacity_quoted_pb: float = Field(gt=0)
-    bandwidth_gb_per_s: float = Field(gt=0)
-    servers: int = Field(gt=0)
-    server_gb_per_s: float = Field(gt=0)
-    erasure_coding: str
     path: str
-    mpi_io_prefix: str
-    flush_at_dirty_percent: float = Field(gt=0, lt=100)
-    flush_at_free_percent: float = Field(gt=0, lt=100)
-    stage_in_command: str
-    sync_out_command: str
-    purge_command: str
-    status_command: str
-    warning: str
+    capacity_tb: float | None = Field(None, gt=0)
+    capacity_quoted_pb: float | None = Field(None, gt=0)
+    bandwidth_gb_per_s: float | None = Field(None, gt=0)
+    servers: int | None = Field(None, gt=0)
+    server_gb_per_s: float | None = Field(None, gt=0)
+    metadata_per_s: float | None = Field(None, gt=0)
+    stripe_count: int | None = Field(None, gt=0)
+    stripe_mib: float | None = Field(None, gt=0)
+    timeout_s: float | None = Field(None, gt=0)
+    # What only an IME has.
+    erasure_coding: str | None = None
+    mpi_io_prefix: str | None = None
+    flush_at_dirty_percent: float | None = Field(None, gt=0, lt=100)
+    flush_at_free_percent: float | None = Field(None, gt=0, lt=100)
+    stage_in_command: str | None = None
+    sync_out_command: str | None = None
+    purge_command: str | None = None
+    status_command: str | None = None
+    warning: str | None = None
 
 
 class Scheduler(Part):
-    kind: str
+    """What starts jobs; ``options`` are further lines that every job script of the site needs."""
+
+    kind: Literal["PBS Pro", "Slurm", "Flux"]
     queues: list[str] = Field(min_length=1)
-    long_queue_hours: float = Field(gt=0)
-    applications: list[str]
-    application_option: str
-    burst_buffer_option: str
-    submit_from: str
-    modules: list[str]
+    job_queue: str
+    launcher: str
+    options: list[str] = []
+    long_queue_hours: float | None = Field(None, gt=0)
+    applications: list[str] = []
+    application_option: str | None = None
+    burst_buffer_option: str | None = None
+    submit_from: str | None = None
+    modules: list[str] = []
+    job_modules: list[str] = []
 
 
 class Ranks(Part):

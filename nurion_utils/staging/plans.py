@@ -1,0 +1,260 @@
+"""What is to be staged, and which rank reads which file: the plan, written once as data, and its readers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+RECORDS = ".nurion-stage"  # folder in a destination that holds the manifest
+# What a file costs besides its bytes, expressed in bytes: opening and renaming it takes about as long as copying
+# this many. It only has to be of the right order for shares of many small files to be balanced.
+FILE_COST_BYTES = 64 * 1024
+
+
+class StageError(Exception):
+    """Staging refused before anything began, or files that could not be staged; the message names them.
+
+    Attributes
+    ----------
+    failures : dict of str to str
+        Why, for each file that is not at the destination; empty when nothing was begun.
+    """
+
+    def __init__(self, message: str, failures: Mapping[str, str] | None = None):
+        super().__init__(message)
+        self.failures = dict(failures or {})
+
+    def __reduce__(self) -> tuple:
+        return StageError, (str(self), self.failures)
+
+
+class File(NamedTuple):
+    """A regular file: its path below the source, and what it looked like when the plan was made."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    mode: int
+    allocated: int  # bytes it takes on disk, fewer than its size where it has holes
+
+
+class Tree(NamedTuple):
+    """Everything below a source folder."""
+
+    files: list[File]
+    directories: dict[str, int]  # mode by path; the source itself is ""
+    links: dict[str, str]  # target by path
+
+
+def scan(source: str) -> Tree:
+    """Look at everything below `source`; `StageError` for what could not be staged or trusted."""
+    if not os.path.isdir(source):
+        what = "is not a folder" if os.path.lexists(source) else "does not exist"
+        raise StageError(f"the source {source!r} {what}; name the folder that holds the data")
+    tree = Tree([], {"": stat.S_IMODE(os.stat(source).st_mode)}, {})
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        try:
+            entries = sorted(os.scandir(os.path.join(source, folder)), key=lambda entry: entry.name)
+        except OSError as error:
+            raise StageError(f"the folder {folder or source!r} cannot be read: {error.strerror}") from None
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if path == RECORDS:  # the source was staged itself
+                continue
+            found = entry.stat(follow_symlinks=False)
+            if stat.S_ISREG(found.st_mode):
+                # a call less for each of many files that everybody may read
+                if found.st_mode & 0o444 != 0o444 and not os.access(entry.path, os.R_OK):
+                    raise StageError(f"{path!r} cannot be read: {os.strerror(errno.EACCES)}")
+                mode = stat.S_IMODE(found.st_mode)
+                tree.files.append(File(path, found.st_size, found.st_mtime_ns, mode, found.st_blocks * 512))
+            elif stat.S_ISDIR(found.st_mode):
+                tree.directories[path] = stat.S_IMODE(found.st_mode)
+                pending.append(path)
+            elif stat.S_ISLNK(found.st_mode):
+                tree.links[path] = _checked_link(source, path)
+            else:
+                raise StageError(f"{path!r} is a pipe, a socket or a device; only files, folders and links are staged")
+    return tree
+
+
+def _checked_link(source: str, path: str) -> str:
+    """Target of a symbolic link that means the same in the copy."""
+    target = os.readlink(os.path.join(source, path))
+    if os.path.isabs(target):
+        raise StageError(f"the link {path!r} has the absolute target {target!r}; make it relative, within the source")
+    try:
+        resolved = os.path.realpath(os.path.join(source, path), strict=True)
+    except OSError as error:
+        why = "goes in a circle" if error.errno == errno.ELOOP else f"leads nowhere ({error.strerror})"
+        raise StageError(f"the link {path!r} -> {target!r} {why}; mend or remove it") from None
+    if not is_within(resolved, os.path.realpath(source)):
+        raise StageError(f"the link {path!r} -> {target!r} leaves the source; put what it points to inside")
+    return target
+
+
+def is_within(path: str, folder: str) -> bool:
+    """Whether `path`, both absolute and resolved, is `folder` or below it."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def deal(files: Sequence[File], ranks: int) -> list[int]:
+    """The rank that reads each file: neighbours in the tree stay together, shares are equal in bytes.
+
+    A file belongs to the rank in whose part of the whole its middle lies, so that a share differs from the mean by
+    less than its largest file.
+    """
+    total = sum(file.size + FILE_COST_BYTES for file in files)
+    begin, readers = 0, []
+    for file in files:
+        cost = file.size + FILE_COST_BYTES
+        readers.append((2 * begin + cost) * ranks // (2 * total))
+        begin += cost
+    return readers
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Which rank reads which file, and whether it passes it on.
+
+    Attributes
+    ----------
+    source, destination : str
+        Folders; a destination of a plan for everyone holds ``{rank}`` where the ranks share one file system.
+    files : tuple of File
+        Those to be copied.
+    reader : tuple of int
+        The rank that reads each of them.
+    ranks : int
+    everyone : bool
+        Whether every rank has a destination of its own and needs all files.  Then each is read once, and goes round
+        the ring of the ranks: rank r hands what it has read, or was handed by r - 1, to r + 1.
+    staged : tuple of File
+        Those that are at the destination already.
+    """
+
+    source: str
+    destination: str
+    files: tuple[File, ...]
+    ranks: int
+    everyone: bool = False
+    staged: tuple[File, ...] = ()
+    directories: Mapping[str, int] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
+    reader: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ranks, int) or self.ranks < 1:
+            raise ValueError(f"a plan needs a whole number of ranks from 1 up, not {self.ranks!r}")
+        object.__setattr__(self, "reader", tuple(deal(self.files, self.ranks)))
+
+    @classmethod
+    def of_sizes(cls, sizes_bytes: Iterable[int], ranks: int, everyone: bool = False) -> StagePlan:
+        """A plan of files that need not exist, to be timed and drawn."""
+        files = tuple(File(f"file-{i}", size, 0, 0o644, size) for i, size in enumerate(sizes_bytes))
+        return cls("source", "destination", files, ranks, everyone)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes to be copied."""
+        return sum(file.size for file in self.files)
+
+    def share(self, rank: int) -> list[int]:
+        """Indices of the files that `rank` reads."""
+        return [i for i, reader in enumerate(self.reader) if reader == rank]
+
+    def table(self) -> pd.DataFrame:
+        """One row per rank: rank, reads_files, reads_bytes, sends_bytes, receives_bytes, writes_bytes."""
+        import pandas as pd
+
+        reads, count = [0] * self.ranks, [0] * self.ranks
+        for file, rank in zip(self.files, self.reader, strict=True):
+            reads[rank] += file.size
+            count[rank] += 1
+        rows = []
+        for rank in range(self.ranks):
+            # on its way round the ring a share is not sent back to the rank that read it
+            sends = self.bytes - reads[(rank + 1) % self.ranks] if self.everyone else 0
+            receives = self.bytes - reads[rank] if self.everyone else 0
+            row = {"rank": rank, "reads_files": count[rank], "reads_bytes": reads[rank]}
+            rows.append(
+                {**row, "sends_bytes": sends, "receives_bytes": receives, "writes_bytes": reads[rank] + receives}
+            )
+        return pd.DataFrame(rows)
+
+    def time(
+        self,
+        source_gb_per_s: float,
+        source_gb_per_s_per_rank: float = float("inf"),
+        link_gb_per_s: float = float("inf"),
+        destination_gb_per_s_per_rank: float = float("inf"),
+    ) -> float:
+        """Seconds, if the slowest of reading, passing on and writing hides the others.
+
+        Parameters
+        ----------
+        source_gb_per_s
+            What the source delivers to all ranks together, in GB/s.
+        source_gb_per_s_per_rank, link_gb_per_s, destination_gb_per_s_per_rank
+            What one rank can read, send and write, in GB/s.
+        """
+        table = self.table()
+        return max(
+            self.bytes / 1e9 / source_gb_per_s,
+            table["reads_bytes"].max() / 1e9 / source_gb_per_s_per_rank,
+            table["sends_bytes"].max() / 1e9 / link_gb_per_s,
+            table["writes_bytes"].max() / 1e9 / destination_gb_per_s_per_rank,
+        )
+
+    def __str__(self) -> str:
+        rows = self.table()
+        lines = [f"{self.source} -> {self.destination}: {count(self.files)}, {bytes_text(self.bytes)} to copy"]
+        if self.staged:
+            lines[0] += f", {count(self.staged)} already there"
+        for row in rows.head(16).itertuples():
+            passed = f", passes on {bytes_text(row.sends_bytes)}" if self.everyone else ""
+            lines.append(f"  rank {row.rank}: reads {row.reads_files:,} files, {bytes_text(row.reads_bytes)}{passed}")
+        if len(rows) > 16:
+            lines.append(f"  ... {len(rows) - 16:,} more ranks")
+        return "\n".join(lines)
+
+    def draw(self) -> Figure:
+        """Bars of what each rank reads from the source and gets from its neighbour."""
+        import matplotlib.pyplot as plt
+
+        rows = self.table()
+        figure, axis = plt.subplots(figsize=(6.5, 0.32 * min(len(rows), 24) + 1.6), layout="constrained")
+        axis.barh(rows["rank"], rows["reads_bytes"] / 1e6, color="#0072B2", label="read from the source")
+        if self.everyone:
+            axis.barh(
+                rows["rank"], rows["receives_bytes"] / 1e6, left=rows["reads_bytes"] / 1e6,
+                color="#E69F00", hatch="//", label="received from the rank before",
+            )  # fmt: skip
+        axis.set(xlabel="data, MB", ylabel="rank")
+        axis.invert_yaxis()
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+        return figure
+
+
+def count(files: Sequence) -> str:
+    return f"{len(files):,} file{'' if len(files) == 1 else 's'}"
+
+
+def bytes_text(size_bytes: float) -> str:
+    """A number of bytes as people read it, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size_bytes < 1000 or unit == "TB":
+            return f"{size_bytes:.3g} {unit}" if size_bytes < 1000 else f"{size_bytes:,.0f} {unit}"
+        size_bytes /= 1000
+    raise AssertionError
