@@ -35,9 +35,6 @@ class BackEndError(ValueError):
     """A burst buffer was used in a way that it does not support, or its command failed; says what would be right."""
 
 
-# -- the trap ---------------------------------------------------------------------------------------------------------
-
-
 def guard(path: str | os.PathLike[str], site: sites.Site | str | None = None) -> None:
     """Refuse a path through which a change would reach an original: one below the path of an IME.
 
@@ -109,9 +106,6 @@ def _shared(site: sites.Site) -> sites.FileSystem:
     if not site.file_systems:
         raise BackEndError(f"site {site.name!r} describes no file system behind its burst buffer; add one.")
     return next(iter(site.file_systems.values()))
-
-
-# -- an IME's commands ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -245,9 +239,6 @@ def _ime_commands(site: sites.Site) -> sites.BurstBuffer:
     return buffer
 
 
-# -- job scripts ------------------------------------------------------------------------------------------------------
-
-
 def job_script(
     site: sites.Site | str,
     source: str,
@@ -313,22 +304,19 @@ def job_script(
 
     body = _ime_lines if buffer.back_end == "ime" else _directive_lines
     directives, before, after = body(site, source, results, capacity_gb)
-    ranks = nodes * ranks_per_node
-    launcher = scheduler.launcher.format(nodes=nodes, ranks=ranks, cores_per_rank=node.cores // ranks_per_node)
+    shape = {"nodes": nodes, "ranks": nodes * ranks_per_node, "cores_per_rank": node.cores // ranks_per_node}
+    launcher = scheduler.launcher.format(**shape)
     make_results = 'mkdir -p "$RESULTS"'
     if buffer.back_end == "rabbit":  # each node has a file system of its own
         make_results = f"{launcher} {make_results}"
     lines = ["#!/bin/bash", *_header(site, name, nodes, hours, ranks_per_node, queue, application)]
     if directives and scheduler.kind == "Flux":  # which takes the directives as one attribute of the job
         directives = ['#FLUX: -S dw="""', *(f"#FLUX: {line}" for line in directives), '#FLUX: """']
-    lines += [*scheduler.options, *directives, ""]
-    if scheduler.submit_from:
-        lines += [f"# Submit it from {scheduler.submit_from}: the site takes jobs from nowhere else."]
-    if scheduler.kind == "PBS Pro":
-        lines += ['cd "$PBS_O_WORKDIR"']
-    if scheduler.job_modules:
-        lines += [f"module load {shlex.join(scheduler.job_modules)}"]
-    return "\n".join([*lines, "set -e", "", *before, make_results, "", *after, f"{launcher} {command}", ""])
+    start = [f"# Submit it from {scheduler.submit_from}: nowhere else are jobs taken."] if scheduler.submit_from else []
+    start += ['cd "$PBS_O_WORKDIR"'] if scheduler.kind == "PBS Pro" else []
+    start += [f"module load {shlex.join(scheduler.job_modules)}"] if scheduler.job_modules else []
+    lines += [*scheduler.options, *directives, "", *start, "set -e", "", *before, make_results, "", *after]
+    return "\n".join([*lines, f"{launcher} {command}", ""])
 
 
 def _header(site: Any, name: str, nodes: int, hours: float, per_node: int, queue: str, application: str) -> list[str]:

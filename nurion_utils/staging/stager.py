@@ -144,8 +144,8 @@ def purge(destination: str | os.PathLike) -> int:
     StageError
         Nothing was staged there, or it lies where removing a file would delete the original.
     """
+    _guard(os.fspath(destination))  # as it was given: what lies behind a link may no longer look like a burst buffer
     destination = os.path.realpath(os.fspath(destination))
-    _guard(destination)
     if not os.path.isdir(os.path.join(destination, RECORDS)):
         raise StageError(f"nothing was staged to {destination!r}: it has no {RECORDS}")
     removed = 0
