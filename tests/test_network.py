@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nurion_utils import allreduce
+from nurion_utils import _data, allreduce
 from nurion_utils.allreduce import LabError, Schedule, _network_host, network
 
 ALGORITHMS = [
@@ -410,6 +410,6 @@ def test_bandwidth_bound_algorithms_win_large_arrays_and_few_steps_win_small_one
 
 
 def test_a_missing_record_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(network, "__file__", str(tmp_path / "site" / "nurion_utils" / "allreduce" / "network.py"))
+    monkeypatch.setattr(_data, "__file__", str(tmp_path / "site" / "nurion_utils" / "_data.py"))
     with pytest.raises(FileNotFoundError, match="network_lab.csv; work in a clone of the repository"):
         network.recorded()

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from nurion_utils.allreduce.schedule import Schedule, Step, whole_number
+from nurion_utils._checks import whole_number
+from nurion_utils.allreduce.schedule import Schedule, Step
 
 
 def naive(ranks: int) -> Schedule:

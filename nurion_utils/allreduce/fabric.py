@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from nurion_utils.allreduce.schedule import Link, Schedule, ScheduleError, Step, size, whole_number
+from nurion_utils._checks import whole_number
+from nurion_utils.allreduce.schedule import Link, Schedule, ScheduleError, Step, size
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nurion_utils.allreduce.schedule import Link, Schedule, size, whole_number
+from nurion_utils._checks import whole_number
+from nurion_utils.allreduce.schedule import Link, Schedule, size
 
 if TYPE_CHECKING:
     import pandas as pd

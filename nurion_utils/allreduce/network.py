@@ -19,13 +19,12 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from nurion_utils import _report
+from nurion_utils import _data, _report
 from nurion_utils._engine import Failure, pickle_call
 from nurion_utils._report import RankError
 from nurion_utils.allreduce import _network_host, _network_rank, algorithms, measuring
@@ -271,12 +270,7 @@ def recorded() -> pd.DataFrame:
     FileNotFoundError
         The package was installed without its repository.
     """
-    import pandas as pd
-
-    file = Path(__file__).parents[2] / "data" / "network_lab.csv"
-    if not file.exists():
-        raise FileNotFoundError(f"the recorded measurements belong at {file}; work in a clone of the repository")
-    return pd.read_csv(file)
+    return _data.read("network_lab")
 
 
 def record() -> pd.DataFrame:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from nurion_utils._checks import whole_number
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.animation import FuncAnimation
@@ -278,12 +280,6 @@ class Schedule:
         from nurion_utils.allreduce.drawing import animate
 
         return animate(self)
-
-
-def whole_number(value: Any, name: str, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be a whole number from {least} up, not {value!r}")
-    return int(value)
 
 
 def size(size_bytes: Any) -> float:

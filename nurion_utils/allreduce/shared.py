@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from mpi4py import MPI
 
+from nurion_utils._checks import whole_number
 from nurion_utils.allreduce.running import OPERATIONS, TYPES, agree
-from nurion_utils.allreduce.schedule import Schedule, whole_number
+from nurion_utils.allreduce.schedule import Schedule
 
 LINE = 64  # bytes of a cache line: counters that different ranks write must not share one
 STRETCH_BYTES = 2**19  # of each chunk in a pass: with the neighbour's it fits the cache of a core

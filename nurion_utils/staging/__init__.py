@@ -13,6 +13,10 @@ _MODULE_OF = {
     "plan": "stager",
     "purge": "stager",
     "stage": "stager",
+    "SharedStore": "shared_store",
+    "Storage": "storage",
+    "Workload": "storage",
+    "simulate": "storage",
 }
-_MODULES = ["back_ends", "plans", "stager"]
+_MODULES = ["back_ends", "cases", "pipeline", "plans", "shared_store", "stager", "storage", "store_drawing"]
 __all__, __getattr__, __dir__ = load_on_use(__name__, _MODULES, _MODULE_OF)

@@ -4,6 +4,7 @@ On its standard output it writes pickled numbers of bytes, and at last the dicti
 """
 
 import pickle
+import signal
 import sys
 import time
 
@@ -29,6 +30,7 @@ class Teller:
 
 def main() -> None:
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that started this one, and ends it
     function, arguments, lock = pickle.load(sys.stdin.buffer)
     tell = Teller(lambda done: (pickle.dump(done, sys.stdout.buffer), sys.stdout.buffer.flush()))
     with copying.shared_lock(lock):

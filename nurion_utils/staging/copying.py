@@ -107,7 +107,10 @@ def copy_share(
     tell
         Called with numbers of bytes that are done.
     """
-    writer, present = Writer(destination), set(present)
+    try:
+        writer, present = Writer(destination), set(present)
+    except OSError as error:  # not even a journal
+        return {file.path: f"not begun: {error.strerror}" for file in files}
     folder = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
     buffer = memoryview(bytearray(BUFFER_BYTES))
     umask = os.umask(0)

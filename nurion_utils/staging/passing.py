@@ -23,6 +23,7 @@ from nurion_utils.staging.copying import (
     write_all,
 )
 from nurion_utils.staging.plans import File, StageError
+from nurion_utils.staging.preflight import Job, prepare
 
 BLOCK_BYTES, BLOCK_FILES = 8 << 20, 256  # what goes round the ring at once
 
@@ -75,7 +76,7 @@ def _on_rank(comm: Any, source: str, destination: str, everyone: bool, verify: b
     job = None
     try:
         if everyone or comm.rank == 0:
-            job = stager._prepare(source, destination, comm.size, everyone)
+            job = prepare(source, destination, comm.size, everyone)
     except StageError as error:
         problem = StageError(f"rank {comm.rank}: {error}" if everyone else str(error))
     if problem := next(filter(None, comm.allgather(problem)), None):
@@ -85,7 +86,7 @@ def _on_rank(comm: Any, source: str, destination: str, everyone: bool, verify: b
     return _carry_out(comm, job, everyone, verify, began)
 
 
-def _carry_out(comm: Any, job: stager._Job, everyone: bool, verify: bool, began: float) -> stager.Report | StageError:
+def _carry_out(comm: Any, job: Job, everyone: bool, verify: bool, began: float) -> stager.Report | StageError:
     writes = everyone or comm.rank == 0
     lock = stager.begin(job) if writes else None
     problem = None
@@ -100,19 +101,20 @@ def _carry_out(comm: Any, job: stager._Job, everyone: bool, verify: bool, began:
         plan = job.plan
         with shared_lock(plan.destination):
             if everyone:
-                failures = _pass_on(comm, job)
+                failures, problem = _pass_on(comm, job)
+                if problem:
+                    return problem
             else:
                 mine = [plan.files[i] for i in plan.share(comm.rank)]
-                failures = copy_share(plan.source, plan.destination, mine, job.present, lambda done: None)
-                failures = _merged(comm, failures)
+                failures = _merged(comm, copy_share(plan.source, plan.destination, mine, job.present, _nobody))
             if verify:
-                records = list(stager.staged_records(job).items())
-                mine = records if everyone else records[comm.rank :: comm.size]
-                damaged = verify_share(plan.destination, mine, lambda done: None)
+                records = stager.staged_records(job)
+                mine = list(records.items()) if everyone else list(records.items())[comm.rank :: comm.size]
+                damaged = verify_share(plan.destination, mine, _nobody)
                 again = [file for file in (*plan.files, *plan.staged) if file.path in damaged]
-                failures |= copy_share(plan.source, plan.destination, again, [], lambda done: None)
-                if not everyone:
-                    failures = _merged(comm, failures)
+                mended = copy_share(plan.source, plan.destination, again, [], _nobody)
+                mended |= verify_share(plan.destination, [(f.path, records[f.path]) for f in again], _nobody)
+                failures |= mended if everyone else _merged(comm, mended)
         problem = None
         try:
             if writes:
@@ -127,11 +129,15 @@ def _carry_out(comm: Any, job: stager._Job, everyone: bool, verify: bool, began:
             lock.__exit__(None, None, None)
 
 
+def _nobody(done: int) -> None:
+    """Nobody watches the ranks one by one."""
+
+
 def _merged(comm: Any, failures: dict[str, str]) -> dict[str, str]:
     return {path: why for each in comm.allgather(failures) for path, why in each.items()}
 
 
-def _pass_on(comm: Any, job: stager._Job) -> dict[str, str]:
+def _pass_on(comm: Any, job: Job) -> tuple[dict[str, str], StageError | None]:
     """Read each file on one rank, and hand it on to all: in step s, rank r sends on what it got in step s - 1."""
     mine = {file.path for file in job.plan.files}
     # what one rank lacks, all see pass: a rank that has it hands it on
@@ -139,9 +145,9 @@ def _pass_on(comm: Any, job: stager._Job) -> dict[str, str]:
     files = tuple(file for file in sorted((*job.plan.files, *job.plan.staged)) if file.path in wanted)
     plan = dataclasses.replace(job.plan, files=files, staged=(), reader=())
     if len(set(comm.allgather(hash_of(files)))) > 1:
-        raise StageError("the source changed while the ranks looked at it; stage again when nobody writes to it")
+        return {}, StageError("the source changed while the ranks looked at it; stage again when nobody writes to it")
     adopted = [file for file in job.plan.files if file.path in job.present]
-    failures = copy_share(plan.source, plan.destination, adopted, job.present, lambda done: None)
+    failures = copy_share(plan.source, plan.destination, adopted, job.present, _nobody)
     mine -= set(job.present)
 
     blocks = [list(_blocks(plan.files, plan.share(rank))) for rank in range(comm.size)]
@@ -166,7 +172,7 @@ def _pass_on(comm: Any, job: stager._Job) -> dict[str, str]:
         os.umask(umask)
         reader.close()
         receiver.close()
-    return failures | receiver.writer.failures
+    return failures | receiver.writer.failures, None
 
 
 def hash_of(files: Sequence[File]) -> str:
@@ -219,7 +225,7 @@ class _Reader:
             hasher.update(view)
             end = offset + len(view) == file.size
             if done < len(view) or end:
-                require_unchanged(descriptor, file, offset + done if end or done < len(view) else file.size)
+                require_unchanged(descriptor, file, offset + done)
             if end:
                 os.close(self.open.pop(i)[0])
                 return True, hasher.hexdigest()

@@ -15,20 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nurion_utils.staging import copying
-from nurion_utils.staging.back_ends import guard
 from nurion_utils.staging.copying import Record, read_records, verify_share
-from nurion_utils.staging.plans import (
-    RECORDS,
-    File,
-    StageError,
-    StagePlan,
-    Tree,
-    bytes_text,
-    count,
-    deal,
-    is_within,
-    scan,
-)  # fmt: skip
+from nurion_utils.staging.plans import RECORDS, File, StageError, StagePlan, bytes_text, count, deal, is_within
+from nurion_utils.staging.preflight import Job, look, prepare, require_safe
 
 # Below this much work, starting processes takes longer than they save.
 SMALL_FILES, SMALL_BYTES = 500, 32 << 20
@@ -66,16 +55,6 @@ class Report:
         )
 
 
-@dataclass
-class _Job:
-    """A plan, and what is known about its destination."""
-
-    plan: StagePlan
-    records: dict[str, Record]  # of the files that are staged already
-    present: set[str]  # at the destination with the right size and time, but on no record
-    leftovers: list[str]  # temporary files of killed runs
-
-
 def plan(
     source: str | os.PathLike, destination: str | os.PathLike, ranks: int = 1, everyone: bool = False
 ) -> StagePlan:
@@ -86,7 +65,7 @@ def plan(
     StageError
         As `stage` does before it begins.
     """
-    return _prepare(os.fspath(source), os.fspath(destination), ranks, everyone).plan
+    return prepare(os.fspath(source), os.fspath(destination), ranks, everyone).plan
 
 
 def stage(
@@ -144,7 +123,8 @@ def purge(destination: str | os.PathLike) -> int:
     StageError
         Nothing was staged there, or it lies where removing a file would delete the original.
     """
-    _guard(os.fspath(destination))  # as it was given: what lies behind a link may no longer look like a burst buffer
+    # The path as it was given: what lies behind a link may no longer look like a burst buffer.
+    require_safe(os.fspath(destination))
     destination = os.path.realpath(os.fspath(destination))
     if not os.path.isdir(os.path.join(destination, RECORDS)):
         raise StageError(f"nothing was staged to {destination!r}: it has no {RECORDS}")
@@ -166,7 +146,7 @@ def purge(destination: str | os.PathLike) -> int:
                     removed += 1
             while path := os.path.dirname(path):
                 folders.add(path)
-        for leftover in _look(destination, sorted(folders | {""}))[1]:
+        for leftover in look(destination, sorted(folders | {""}))[1]:
             os.unlink(os.path.join(destination, leftover))
         for name in os.listdir(os.path.join(destination, RECORDS)):
             os.unlink(os.path.join(destination, RECORDS, name))
@@ -178,7 +158,7 @@ def purge(destination: str | os.PathLike) -> int:
 
 def _stage_here(source: str, destination: str, workers: int | None, verify: bool) -> Report:
     began = time.perf_counter()
-    job = _prepare(source, destination, 1, False)
+    job = prepare(source, destination, 1, False)
     files, total = job.plan.files, job.plan.bytes
     if workers is None:
         little = len(files) < SMALL_FILES and total < SMALL_BYTES
@@ -193,8 +173,7 @@ def _stage_here(source: str, destination: str, workers: int | None, verify: bool
     def copy(these: Sequence[File]) -> dict[str, str]:
         places = deal(these, max(workers, 1))
         shares = [[f for f, place in zip(these, places, strict=True) if place == i] for i in range(max(workers, 1))]
-        fixed = (job.plan.source, job.plan.destination)
-        arguments = [(*fixed, share, [f.path for f in share if f.path in job.present]) for share in shares]
+        arguments = [(job.plan.source, job.plan.destination, share, job.present) for share in shares]
         return carry_out("copy_share", arguments, sum(file.size for file in these), "staging")
 
     with begin(job):
@@ -213,130 +192,34 @@ def _stage_here(source: str, destination: str, workers: int | None, verify: bool
     return report(job, began, verify)
 
 
-def report(job: _Job, began: float, verified: bool) -> Report:
+def report(job: Job, began: float, verified: bool) -> Report:
     plan = job.plan
     everything = sum(file.size for file in plan.staged) + plan.bytes
     time_s = time.perf_counter() - began
     return Report(len(plan.staged) + len(plan.files), everything, len(plan.files), plan.bytes, time_s, verified)
 
 
-# -- before ----------------------------------------------------------------------------------------------------
-
-
-def _prepare(source: str, destination: str, ranks: int, everyone: bool) -> _Job:
-    """All that can be known before anything is touched; raises `StageError` where that is enough to refuse."""
-    _guard(destination)
-    if not source or not destination:
-        raise StageError("stage needs the names of two folders, a source and a destination")
-    source, destination = os.path.realpath(source), os.path.realpath(destination)
-    if is_within(destination, source):
-        raise StageError(f"the destination {destination!r} lies in the source {source!r}; choose one outside")
-    if is_within(source, destination):
-        raise StageError(f"the source {source!r} lies in the destination {destination!r}; choose another destination")
-    if os.path.lexists(destination) and not os.path.isdir(destination):
-        raise StageError(f"the destination {destination!r} is not a folder; choose another name")
-    tree = scan(source)
-    existing, leftovers = _look(destination, tree.directories)
-    records = read_records(destination) if existing else {}
-    todo, staged, present, known = [], [], set(), {}
-    for file in tree.files:
-        found = existing.get(file.path)
-        if found is None:
-            todo.append(file)
-            continue
-        if not stat.S_ISREG(found.st_mode):
-            raise StageError(f"at the destination {file.path!r} is not a file, but in the source it is; move it away")
-        at = (found.st_size, found.st_mtime_ns)
-        ours = next((record for record in reversed(records.get(file.path, [])) if record[:2] == at), None)
-        if at == (file.size, file.mtime_ns):
-            if ours:
-                known[file.path] = ours
-                staged.append(file)
-            else:
-                present.add(file.path)
-                todo.append(file)
-        elif ours:
-            todo.append(file)  # the source has changed since
-        else:
-            what = "was changed after it had been staged" if file.path in records else "was not staged from here"
-            raise StageError(f"at the destination {file.path!r} {what}; move it away, or stage to another folder")
-    for path, found in existing.items():
-        if path in tree.directories and not stat.S_ISDIR(found.st_mode):
-            raise StageError(f"at the destination {path!r} is not a folder, but in the source it is; move it away")
-        if path in tree.links and not stat.S_ISLNK(found.st_mode):
-            raise StageError(f"at the destination {path!r} is not a link, but in the source it is; move it away")
-    _require_room(destination, todo, tree)
-    plan = StagePlan(
-        source, destination, tuple(todo), ranks, everyone, tuple(staged), tree.directories, tree.links
-    )  # fmt: skip
-    return _Job(plan, known, present, leftovers)
-
-
-def _guard(path: str) -> None:
-    try:
-        guard(path)
-    except ValueError as error:
-        raise StageError(str(error)) from None
-
-
-def _look(destination: str, folders: Sequence[str] | Mapping[str, int]) -> tuple[dict[str, os.stat_result], list[str]]:
-    """What lies in those folders of the destination, and what killed runs left there."""
-    existing, leftovers = {}, []
-    for folder in folders:
-        try:
-            entries = list(os.scandir(os.path.join(destination, folder)))
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise StageError(f"the destination {destination!r} cannot be read: {error.strerror}") from None
-        for entry in entries:
-            path = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.name.startswith(copying.TEMPORARY):
-                leftovers.append(path)
-            elif path != RECORDS:
-                existing[path] = entry.stat(follow_symlinks=False)
-    return existing, leftovers
-
-
-def _require_room(destination: str, files: Sequence[File], tree: Tree) -> None:
-    parent = destination
-    while not os.path.isdir(parent):
-        parent = os.path.dirname(parent)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise StageError(f"{parent!r} cannot be written to; choose another destination, or ask for the permission")
-    room = os.statvfs(parent)
-    # a page for the end of each file, and a line of the manifest
-    needed = sum(min(file.size, file.allocated) + 4096 if file.size else 256 for file in files)
-    if needed > (free := room.f_bavail * room.f_frsize):
-        raise StageError(
-            f"{destination!r} has {bytes_text(free)} free, and {bytes_text(needed)} are needed; make room, or choose "
-            "another destination"
-        )
-    inodes = len(files) + len(tree.directories) + len(tree.links) + 8
-    if room.f_files and inodes > room.f_favail:  # no limit where f_files is 0
-        raise StageError(
-            f"{destination!r} has room for {room.f_favail:,} more files, and {inodes:,} are needed; pack them into "
-            "fewer, larger ones, or choose another destination"
-        )
-
-
 # -- during ----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def begin(job: _Job) -> Iterator[None]:
+def begin(job: Job) -> Iterator[None]:
     """Make the folders, and keep others from staging to them."""
     destination = job.plan.destination
-    os.makedirs(os.path.join(destination, RECORDS), exist_ok=True)
-    with _lock(destination):
-        for leftover in job.leftovers:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(destination, leftover))
-        for folder in sorted(job.plan.directories):
-            path = os.path.join(destination, folder)
-            os.makedirs(path, exist_ok=True)
-            if not os.access(path, os.W_OK | os.X_OK):  # a read-only folder, from an earlier run
-                os.chmod(path, 0o700)
+    with contextlib.ExitStack() as stack:
+        try:
+            os.makedirs(os.path.join(destination, RECORDS), exist_ok=True)
+            stack.enter_context(_lock(destination))
+            for leftover in job.leftovers:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(destination, leftover))
+            for folder in sorted(job.plan.directories):
+                path = os.path.join(destination, folder)
+                os.makedirs(path, exist_ok=True)
+                if not os.access(path, os.W_OK | os.X_OK):  # a read-only folder, from an earlier run
+                    os.chmod(path, 0o700)
+        except OSError as error:
+            raise StageError(f"{error.filename!r} cannot be made: {error.strerror}; nothing was copied") from None
         yield
 
 
@@ -427,7 +310,7 @@ def _progress(total: int, title: str) -> Iterator[Callable[[int], None]]:
 # -- after -----------------------------------------------------------------------------------------------------
 
 
-def staged_records(job: _Job) -> dict[str, Record]:
+def staged_records(job: Job) -> dict[str, Record]:
     """The latest record of each file of the plan that has one."""
     records = read_records(job.plan.destination)
     result = dict(job.records)
@@ -438,7 +321,7 @@ def staged_records(job: _Job) -> dict[str, Record]:
     return result
 
 
-def finish(job: _Job, failures: Mapping[str, str]) -> None:
+def finish(job: Job, failures: Mapping[str, str]) -> None:
     """Links, modes of folders, the manifest; raises `StageError` for what failed."""
     plan, problems = job.plan, dict(failures)
     for path, target in plan.links.items():
