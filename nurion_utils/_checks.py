@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def whole_number(value: Any, name: str, least: int = 1) -> int:
@@ -21,3 +25,9 @@ def positive(value: Any, name: str) -> float:
     if not (number and 0 < value < math.inf):
         raise ValueError(f"{name} must be a number above 0, not {value!r}")
     return float(value)
+
+
+def require_columns(table: pd.DataFrame, names: Sequence[str]) -> None:
+    """ValueError unless the table has these columns."""
+    if missing := [name for name in names if name not in table]:
+        raise ValueError(f"the table needs the columns {', '.join(names)}; it lacks {', '.join(missing)}")

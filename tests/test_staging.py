@@ -122,10 +122,19 @@ def test_purge_removes_what_was_staged_and_nothing_else(source, tmp_path):
     write(tmp_path / "copy/results.csv", b"mine")
     write(tmp_path / "copy/with spaces", b"changed by me")
     before = contents(source)
+    (tmp_path / "copy").chmod(0o755)
     staging.purge(tmp_path / "copy")
+    assert stat.S_IMODE((tmp_path / "copy").stat().st_mode) == 0o755
     left = {name for name, what in contents(tmp_path / "copy").items() if isinstance(what, tuple)}
     assert left == {"results.csv", "with spaces"}
+    assert not (tmp_path / "copy/deep").exists()  # files, links and folders
     assert contents(source) == before
+
+
+def test_purge_leaves_no_folder_where_nobody_else_put_anything(source, tmp_path):
+    staging.stage(source, tmp_path / "copy")
+    staging.purge(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_purge_never_leaves_the_destination_whatever_the_manifest_says(source, tmp_path):
@@ -134,6 +143,7 @@ def test_purge_never_leaves_the_destination_whatever_the_manifest_says(source, t
     write(victim, b"dear")
     state = victim.stat()
     with open(tmp_path / "copy" / RECORDS / "manifest.jsonl", "a") as manifest:
+        manifest.write(json.dumps(["..", -2, 0, ""]) + "\n")
         for path in ("../victim", str(victim), "deep/up/../../victim"):
             manifest.write(json.dumps([path, state.st_size, state.st_mtime_ns, "0"]) + "\n")
     staging.purge(tmp_path / "copy")
@@ -154,6 +164,10 @@ REFUSED = {
     "a pipe": (lambda s, t: os.mkfifo(s / "bad"), "'bad' is a pipe, a socket or a device"),
     "a destination that is a file": (lambda s, t: write(t / "copy", b""), "is not a folder; choose another name"),
     "another's file": (lambda s, t: write(t / "copy/-rf", b"not ours"), "'-rf' was not staged from here; move it away"),
+    "another's link": (
+        lambda s, t: ((t / "copy/deep").mkdir(parents=True), (t / "copy/deep/up").symlink_to("/tmp")),
+        "the link 'deep/up' was not staged from here",
+    ),
     "a folder in a file's place": (lambda s, t: (t / "copy/-rf").mkdir(parents=True), "'-rf' is not a file"),
     "a file in a folder's place": (lambda s, t: write(t / "copy/deep", b""), "'deep' is not a folder"),
 }
@@ -236,7 +250,7 @@ def test_the_command_plans_stages_verifies_and_purges(source, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["copied_files"] == 9
     assert contents(copy) == contents(source)
-    assert run("--purge", copy).stdout == "9 files removed\n"
+    assert run("--purge", copy).stdout == "11 files removed\n"
 
 
 def test_the_command_says_in_one_sentence_what_is_wrong(source, tmp_path):

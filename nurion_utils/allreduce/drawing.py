@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch
 
+from nurion_utils._checks import require_columns
 from nurion_utils.allreduce.checking import walk
-from nurion_utils.allreduce.measuring import require_columns
 from nurion_utils.allreduce.schedule import Schedule, Step
 
 if TYPE_CHECKING:

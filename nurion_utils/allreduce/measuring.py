@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nurion_utils._checks import whole_number
+from nurion_utils._checks import require_columns, whole_number
 from nurion_utils.allreduce.schedule import Link, Schedule, size
 
 if TYPE_CHECKING:
@@ -67,11 +67,6 @@ def require(contenders: Any, n_ranks: int, sizes_bytes: Any, repeats: Any) -> No
         if whole_number(each, "a size in bytes") % 4:
             raise ValueError(f"sizes must be multiples of 4 bytes, the length of a float32, not {each}")
     whole_number(repeats, "repeats")
-
-
-def require_columns(table: pd.DataFrame, names: list[str]) -> None:
-    if missing := [name for name in names if name not in table]:
-        raise ValueError(f"the table needs the columns {', '.join(names)}; it lacks {', '.join(missing)}")
 
 
 def observe(

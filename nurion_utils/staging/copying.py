@@ -16,7 +16,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import xxhash
 
@@ -277,8 +277,8 @@ def read_records(destination: str) -> dict[str, list[Record]]:
     return records
 
 
-def write_manifest(destination: str, forget: Iterable[str] = ()) -> None:
-    """Put the manifest and all journals into one new manifest, without the paths to `forget`."""
+def write_manifest(destination: str, others: Mapping[str, Record], forget: Iterable[str]) -> None:
+    """Put the manifest, all journals and the records of `others` into one new manifest, without paths to `forget`."""
     folder, forget = os.path.join(destination, RECORDS), set(forget)
     journals = [name for name in os.listdir(folder) if name.startswith("journal-")]
     temporary = os.path.join(folder, "manifest.part")
@@ -290,9 +290,18 @@ def write_manifest(destination: str, forget: Iterable[str] = ()) -> None:
                 else:
                     shutil.copyfileobj(lines, out, BUFFER_BYTES)
                 out.write(b"\n")  # after a line that a killed copier did not finish
+        out.writelines(f"{json.dumps([path, *record])}\n".encode() for path, record in others.items())
     os.replace(temporary, os.path.join(folder, "manifest.jsonl"))
     for name in journals:
         os.unlink(os.path.join(folder, name))
+
+
+# What else purge has to know: links, by their targets, and folders, which may be empty.
+FOLDER: Record = (-2, 0, "")
+
+
+def record_of_link(target: str) -> Record:
+    return -1, 0, target
 
 
 def _path_of(line: bytes) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nurion_utils.staging.back_ends import guard
-from nurion_utils.staging.copying import TEMPORARY, Record, read_records
+from nurion_utils.staging.copying import TEMPORARY, Record, read_records, record_of_link
 from nurion_utils.staging.plans import RECORDS, File, StageError, StagePlan, Tree, bytes_text, is_within, scan
 
 
@@ -62,11 +62,22 @@ def prepare(source: str, destination: str, ranks: int, everyone: bool) -> Job:
     for path, found in existing.items():
         if path in tree.directories and not stat.S_ISDIR(found.st_mode):
             raise StageError(f"at the destination {path!r} is not a folder, but in the source it is; move it away")
-        if path in tree.links and not stat.S_ISLNK(found.st_mode):
-            raise StageError(f"at the destination {path!r} is not a link, but in the source it is; move it away")
+        if path in tree.links:
+            if not stat.S_ISLNK(found.st_mode):
+                raise StageError(f"at the destination {path!r} is not a link, but in the source it is; move it away")
+            full = os.path.join(destination, path)
+            if os.readlink(full) != tree.links[path] and not is_ours(full, found, records.get(path, [])):
+                raise StageError(f"at the destination the link {path!r} was not staged from here; move it away")
     _require_room(destination, todo, tree)
     plan = StagePlan(source, destination, tuple(todo), ranks, everyone, tuple(staged), tree.directories, tree.links)
     return Job(plan, known, present, leftovers)
+
+
+def is_ours(path: str, found: os.stat_result, records: Sequence[Record]) -> bool:
+    """Whether the file or link that was found there is as one of its records says."""
+    if stat.S_ISLNK(found.st_mode):
+        return record_of_link(os.readlink(path)) in records
+    return stat.S_ISREG(found.st_mode) and (found.st_size, found.st_mtime_ns) in {record[:2] for record in records}
 
 
 def require_safe(path: str) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import os
 import pickle
-import stat
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any
 from nurion_utils.staging import copying
 from nurion_utils.staging.copying import Record, read_records, verify_share
 from nurion_utils.staging.plans import RECORDS, File, StageError, StagePlan, bytes_text, count, deal, is_within
-from nurion_utils.staging.preflight import Job, look, prepare, require_safe
+from nurion_utils.staging.preflight import Job, is_ours, look, prepare, require_safe
 
 # Below this much work, starting processes takes longer than they save.
 SMALL_FILES, SMALL_BYTES = 500, 32 << 20
@@ -114,7 +113,7 @@ def stage(
 
 
 def purge(destination: str | os.PathLike) -> int:
-    """Remove what `stage` put into `destination`, and nothing else; returns the number of files removed.
+    """Remove what `stage` put into `destination`, and nothing else; returns the number of files and links removed.
 
     Files that were changed after they had been staged, and others' files, stay.
 
@@ -135,15 +134,16 @@ def purge(destination: str | os.PathLike) -> int:
         for path, known in records.items():
             full = os.path.join(destination, path)
             # no record, however it came about, may lead out of the destination
-            if not is_within(os.path.realpath(os.path.dirname(full)), destination):
+            if ".." in path.split("/") or not is_within(os.path.realpath(os.path.dirname(full)), destination):
                 continue
             with contextlib.suppress(OSError):
-                found = os.lstat(full)
-                if stat.S_ISREG(found.st_mode) and (found.st_size, found.st_mtime_ns) in {
-                    record[:2] for record in known
-                }:
+                if is_ours(full, os.lstat(full), known):
+                    if not os.access(os.path.dirname(full), os.W_OK):  # read-only, as the source's folder was
+                        os.chmod(os.path.dirname(full), 0o700)
                     os.unlink(full)
                     removed += 1
+            if copying.FOLDER in known:
+                folders.add(path)
             while path := os.path.dirname(path):
                 folders.add(path)
         for leftover in look(destination, sorted(folders | {""}))[1]:
@@ -327,15 +327,15 @@ def finish(job: Job, failures: Mapping[str, str]) -> None:
     for path, target in plan.links.items():
         full = os.path.join(plan.destination, path)
         try:
-            if os.path.islink(full) and os.readlink(full) == target:
-                continue
             temporary = os.path.join(os.path.dirname(full), f"{copying.TEMPORARY}link")
             os.symlink(target, temporary)
             os.replace(temporary, full)
         except OSError as error:
             problems[path] = error.strerror
     try:
-        copying.write_manifest(plan.destination, forget=failures)
+        others = {path: copying.record_of_link(target) for path, target in plan.links.items()}
+        others |= dict.fromkeys(filter(None, plan.directories), copying.FOLDER)
+        copying.write_manifest(plan.destination, others, forget=problems)
     except OSError as error:
         problems["the manifest"] = f"{error.strerror}; the journals hold the records"
     for folder, mode in sorted(plan.directories.items(), reverse=True):

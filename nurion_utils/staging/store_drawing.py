@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nurion_utils._checks import require_columns
 from nurion_utils.staging.storage import METADATA, Storage
 
 if TYPE_CHECKING:
@@ -228,7 +229,6 @@ def break_even(table: pd.DataFrame, epochs: int = 10) -> Figure:
 
 
 def _require(table: pd.DataFrame, names: list[str]) -> None:
-    if missing := [name for name in names if name not in table]:
-        raise ValueError(f"the table needs the columns {', '.join(names)}; it lacks {', '.join(missing)}")
+    require_columns(table, names)
     if table.empty:
         raise ValueError("there is nothing to draw: the table is empty")
