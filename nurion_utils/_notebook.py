@@ -1,10 +1,13 @@
 """The notebook's side of a world: one progress bar for all ranks, and ``%%px`` cells that cannot hang."""
 
 import contextlib
+import signal
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from types import FrameType
 from typing import Any, TypeVar
 
 from nurion_utils import _report
@@ -72,6 +75,29 @@ class ProgressBar:
             result.wait_for_output(1)  # the last reports may come after the results
             self.update(result)
             self._bar.close()
+
+
+@contextlib.contextmanager
+def no_interrupt_lost() -> Iterator[None]:
+    """Raise an interrupt once more at the end of the block, if somebody swallowed it, as some libraries' imports do."""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    seen = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        seen = True
+        usual(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+        if seen:
+            raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def register_magics(world: Any) -> None:

@@ -34,7 +34,7 @@ from typing import Any, Self, TypeVar
 
 from nurion_utils import _report
 from nurion_utils._engine import call, cores_by_rank, is_complete, pickle_call, rank_environment
-from nurion_utils._notebook import ProgressBar, progress, register_magics
+from nurion_utils._notebook import ProgressBar, no_interrupt_lost, progress, register_magics
 from nurion_utils._report import RankError
 
 __all__ = ["RankError", "World", "progress", "rank_environment", "start"]
@@ -177,8 +177,9 @@ class World:
         self._resources = contextlib.ExitStack()  # what must be closed, also when nobody calls stop()
         weakref.finalize(self, _close, self._resources, os.getpid())
         try:
-            self._launch()
-            self._connect()
+            with no_interrupt_lost():
+                self._launch()
+                self._connect()
         except BaseException:
             self.stop()
             raise

@@ -1,5 +1,6 @@
 """Whatever happens to a notebook or a script, no process, file or shared memory of its ranks outlives it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import nbformat
 import psutil
 import pytest
 from kernel import Notebook, child_environment
+
+from nurion_utils._notebook import no_interrupt_lost
 
 PATIENCE_S = 15.0
 READY = "ranks are at work"
@@ -164,6 +167,16 @@ def test_an_interrupted_start_leaves_nothing(traces: Traces, after_s: float) -> 
     errors = script.communicate(timeout=PATIENCE_S)[1]
     assert script.returncode == -signal.SIGINT and errors.rstrip().endswith("KeyboardInterrupt")
     traces.assert_gone()
+
+
+def test_an_interrupt_that_a_library_swallows_is_raised_once_it_has_done() -> None:
+    reached = []
+    with pytest.raises(KeyboardInterrupt):
+        with no_interrupt_lost():
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            reached.append("the end of the block")
+    assert reached and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_after_a_killed_guardian_no_process_is_left_and_the_next_start_sweeps_the_directory(traces: Traces) -> None:
