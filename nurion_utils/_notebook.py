@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -36,19 +36,36 @@ def progress(iterable: Iterable[T], total: int | None = None, description: str =
     description
         Text in front of the bar.
     """
-    data_pub = getattr(shell(), "data_pub", None)
-    if data_pub is None:  # not on a rank: nobody to tell
-        yield from iterable
-        return
-    total = len(iterable) if total is None else total  # type: ignore[arg-type]
-    done, told_at = 0, 0.0
-    data_pub.publish_data({"progress": (done, total, description)})
+    total = len(iterable) if total is None and _on_rank() else total  # type: ignore[arg-type]
+    tell = meter(total, description)
     for item in iterable:
         yield item
-        done += 1
+        tell(1)
+
+
+def _on_rank() -> bool:
+    """Whether this is a rank, and a notebook could show how far it is."""
+    return getattr(shell(), "data_pub", None) is not None
+
+
+def meter(total: int | None, description: str = "", unit: str = "it") -> Callable[[int], None]:
+    """What a rank calls with each amount that is done, so that the notebook can show one bar for all ranks.
+
+    Elsewhere the calls do nothing.
+    """
+    if not _on_rank():
+        return lambda amount: None
+    publish, done, told_at = shell().data_pub.publish_data, 0, 0.0
+    publish({"progress": (0, total, description, unit)})
+
+    def tell(amount: int) -> None:
+        nonlocal done, told_at
+        done += amount
         if done == total or time.monotonic() - told_at > 0.2:
-            data_pub.publish_data({"progress": (done, total, description)})
+            publish({"progress": (done, total, description, unit)})
             told_at = time.monotonic()
+
+    return tell
 
 
 class ProgressBar:
@@ -61,11 +78,12 @@ class ProgressBar:
         reports = [m["data"]["progress"] for m in result._metadata if m.get("data", {}).get("progress")]
         if not reports or not somebody_watches():
             return
-        done, total = sum(done for done, _, _ in reports), sum(total for _, total, _ in reports)
+        done, total = (sum(report[i] for report in reports) for i in (0, 1))
         if self._bar is None:
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(total=total, desc=reports[0][2] or None)
+            _, _, description, unit = reports[0]
+            self._bar = tqdm(total=total, desc=description or None, unit=unit, unit_scale=unit == "B")
         elif self._bar.total != total:  # a rank has joined in, or they have come to something new
             self._bar.reset(total)
         self._bar.update(done - self._bar.n)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from kernel import Notebook
@@ -166,6 +167,19 @@ def test_a_notebook_shows_one_progress_bar_for_all_ranks(notebook: Notebook, cel
     (bar,) = [state for state in outputs.widgets.values() if "ProgressModel" in state.get("_model_name", "")]
     assert (bar["value"], bar["max"], bar["bar_style"]) == (40, 40, "success")
     assert len(outputs.shown) == 1 and (outputs.printed, outputs.error) == ("", "")
+
+
+def test_staging_on_ranks_shows_one_bar_of_all_bytes(notebook: Notebook, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    for name in "abcd":
+        (tmp_path / "source" / name).write_bytes(bytes(100_000_000))  # long enough to be asked after
+    for copy, total in ((f"{tmp_path}/copy", 400_000_000), (f"{tmp_path}/copy{{rank}}", 800_000_000)):
+        outputs = notebook.run(
+            "from nurion_utils import staging\n"
+            f"staging.stage({str(tmp_path / 'source')!r}, {copy!r}, world, everyone={'{' in copy});"
+        )
+        (bar,) = [state for state in outputs.widgets.values() if "ProgressModel" in state.get("_model_name", "")]
+        assert (bar["value"], bar["max"], bar["bar_style"], outputs.error) == (total, total, "success", "")
 
 
 def test_where_nobody_can_answer_as_under_papermill_there_is_no_bar(notebook: Notebook) -> None:

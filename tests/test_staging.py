@@ -94,7 +94,7 @@ def test_verify_finds_a_damaged_copy_and_mends_it(source, tmp_path):
     path.write_bytes(b"\1" + bytes((1 << 20) - 1))  # as a bad disk would: size and time stay
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert staging.stage(source, tmp_path / "copy").copied_files == 0
-    staging.stage(source, tmp_path / "copy", verify=True)
+    assert staging.stage(source, tmp_path / "copy", verify=True).mended_files == 1
     assert contents(tmp_path / "copy") == contents(source)
 
 

@@ -15,6 +15,9 @@ FIGURES = {
     "volumes.png": ("01_data_parallel_training", "Two slices through"),
     "step.png": ("01_data_parallel_training", "Left: parallel efficiency"),
     "ring.png": ("02_ring_allreduce", "One panel before"),
+    "queues.png": ("04_burst_buffer_staging", "Five panels over time"),
+    "errors.png": ("05_large_batch_tuning", "Left: test error against batch"),
+    "epochs.png": ("04_burst_buffer_staging", "Time of an epoch against nodes"),
 }
 COLOURS = 64  # keeps each file at some 20 kB
 

@@ -8,6 +8,7 @@ run removes.  Renaming within a folder matters: between folders Linux lets only 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import fcntl
@@ -25,6 +26,7 @@ from nurion_utils.staging.plans import RECORDS, File
 TEMPORARY = ".nurion-part-"
 BUFFER_BYTES = 1 << 20  # stays in a core's cache between hashing and writing
 BATCH_FILES, BATCH_BYTES = 64, 64 << 20  # renamed together
+AHEAD_FILES, AHEAD_BYTES = 64, 16 << 20  # asked of the source before they are read
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no further file will fit either
 Record = tuple[int, int, str]  # size, mtime_ns, hash
 
@@ -115,17 +117,20 @@ def copy_share(
     buffer = memoryview(bytearray(BUFFER_BYTES))
     umask = os.umask(0)
     try:
-        for file in files:
-            if writer.full:
-                writer.failures[file.path] = writer.full
-                continue
-            try:
-                if file.path in present:
-                    _adopt(folder, writer, file, buffer)
-                else:
-                    _copy(folder, writer, file, buffer, tell)
-            except (OSError, Changed) as error:
-                writer.fail(file.path, error)
+        with contextlib.closing(_opened(folder, files)) as opened:
+            for i, (file, descriptor) in enumerate(opened):
+                if writer.full:
+                    writer.failures |= {file.path: writer.full for file in files[i:]}
+                    break
+                try:
+                    if isinstance(descriptor, OSError):
+                        raise descriptor
+                    if file.path in present:
+                        _adopt(descriptor, writer, file, buffer)
+                    else:
+                        _copy(descriptor, writer, file, buffer, tell)
+                except (OSError, Changed) as error:
+                    writer.fail(file.path, error)
         writer.publish()
     finally:
         os.umask(umask)
@@ -134,24 +139,63 @@ def copy_share(
     return writer.failures
 
 
-def _copy(folder: int, writer: Writer, file: File, buffer: memoryview, tell: Callable[[int], None]) -> None:
-    source = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+def _opened(folder: int, files: Iterable[File]) -> Iterator[tuple[File, int | OSError]]:
+    """Each file with its descriptor, open until the next one is asked for, or with what kept it from opening.
+
+    The data of the files after it are on their way meanwhile: a disk or a server that is asked for many pieces at
+    once has them sooner than one that is asked for one after the other.
+    """
+    ahead: collections.deque[tuple[File, int | OSError]] = collections.deque()
+    ahead_bytes = 0
+
+    def done() -> None:
+        nonlocal ahead_bytes
+        file, descriptor = ahead.popleft()
+        ahead_bytes -= file.size
+        if isinstance(descriptor, int):
+            os.close(descriptor)
+
     try:
-        descriptor, temporary = writer.create(file)
-        try:
-            if file.size <= BUFFER_BYTES:  # the common case of many small files, in as few calls as possible
-                data = buffer[: os.readv(source, [buffer])]
-                digest, done = xxhash.xxh3_128_hexdigest(data), len(data)
-                write_all(descriptor, data)
-                tell(done)
-            else:
-                digest, done = _copy_blocks(source, descriptor, file, buffer, tell)
-            require_unchanged(source, file, done)
-        except BaseException:
-            writer.discard(descriptor, temporary)
-            raise
+        for file in files:
+            try:
+                descriptor = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+                ahead.append((file, descriptor))
+                _ask_for(descriptor, file, 0, min(file.size, AHEAD_BYTES))
+            except OSError as error:
+                ahead.append((file, error))
+            ahead_bytes += file.size
+            while len(ahead) > AHEAD_FILES or ahead_bytes > AHEAD_BYTES:
+                yield ahead[0]
+                done()
+        while ahead:
+            yield ahead[0]
+            done()
     finally:
-        os.close(source)
+        while ahead:
+            done()
+
+
+def _ask_for(descriptor: int, file: File, start: int, length: int) -> None:
+    """Tell the operating system what will be read soon; holes would only fill its memory with zeros."""
+    if file.allocated >= file.size:
+        with contextlib.suppress(OSError):  # advice that cannot be taken, such as for a pipe
+            os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
+
+
+def _copy(source: int, writer: Writer, file: File, buffer: memoryview, tell: Callable[[int], None]) -> None:
+    descriptor, temporary = writer.create(file)
+    try:
+        if file.size <= BUFFER_BYTES:  # the common case of many small files, in as few calls as possible
+            data = buffer[: os.readv(source, [buffer])]
+            digest, done = xxhash.xxh3_128_hexdigest(data), len(data)
+            write_all(descriptor, data)
+            tell(done)
+        else:
+            digest, done = _copy_blocks(source, descriptor, file, buffer, tell)
+        require_unchanged(source, file, done)
+    except BaseException:
+        writer.discard(descriptor, temporary)
+        raise
     writer.finish(descriptor, temporary, file, digest)
 
 
@@ -169,6 +213,7 @@ def _copy_blocks(
             done = os.lseek(source, done + hole, os.SEEK_SET)
             os.lseek(descriptor, done, os.SEEK_SET)
             tell(hole)
+        _ask_for(source, file, done + AHEAD_BYTES, BUFFER_BYTES)
         length = os.readv(source, [buffer])
         if not length:
             break
@@ -190,16 +235,16 @@ def _next_data(source: int, offset: int, size: int) -> int:
         return max(offset, size)  # nothing but a hole up to the end
 
 
-def _adopt(folder: int, writer: Writer, file: File, buffer: memoryview) -> None:
+def _adopt(source: int, writer: Writer, file: File, buffer: memoryview) -> None:
     """Take a file that someone else put there for staged, if it has the same content."""
+    there = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=writer.folder)
     digests = []
-    for where in (folder, writer.folder):
-        descriptor = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=where)
-        try:
+    try:
+        for descriptor in (source, there):
             digests.append(hash_file(descriptor, buffer))
             require_unchanged(descriptor, file, file.size)
-        finally:
-            os.close(descriptor)
+    finally:
+        os.close(there)
     if digests[0] != digests[1]:
         raise Changed("a file with other content is at the destination, and was not staged from here; move it away")
     write_all(writer.journal, line_of(file, digests[0]).encode())

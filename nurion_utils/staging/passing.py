@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from nurion_utils._notebook import meter
 from nurion_utils.staging import stager
 from nurion_utils.staging.copying import (
     Changed,
@@ -106,15 +107,19 @@ def _carry_out(comm: Any, job: Job, everyone: bool, verify: bool, began: float) 
                     return problem
             else:
                 mine = [plan.files[i] for i in plan.share(comm.rank)]
-                failures = _merged(comm, copy_share(plan.source, plan.destination, mine, job.present, _nobody))
+                tell = meter(sum(file.size for file in mine), "staging", "B")
+                failures = _merged(comm, copy_share(plan.source, plan.destination, mine, job.present, tell))
+            mended_files = 0
             if verify:
                 records = stager.staged_records(job)
                 mine = list(records.items()) if everyone else list(records.items())[comm.rank :: comm.size]
-                damaged = verify_share(plan.destination, mine, _nobody)
+                tell = meter(sum(size for _, (size, _, _) in mine), "verifying", "B")
+                damaged = verify_share(plan.destination, mine, tell)
                 again = [file for file in (*plan.files, *plan.staged) if file.path in damaged]
                 mended = copy_share(plan.source, plan.destination, again, [], _nobody)
                 mended |= verify_share(plan.destination, [(f.path, records[f.path]) for f in again], _nobody)
                 failures |= mended if everyone else _merged(comm, mended)
+                mended_files = comm.allreduce(len(again))
         problem = None
         try:
             if writes:
@@ -123,14 +128,14 @@ def _carry_out(comm: Any, job: Job, everyone: bool, verify: bool, began: float) 
             problem = error
         if problem := next(filter(None, comm.allgather(problem)), None):
             return problem
-        return comm.bcast(stager.report(job, began, verify))
+        return comm.bcast(stager.report(job, began, verify, mended_files))
     finally:
         if lock is not None:
             lock.__exit__(None, None, None)
 
 
 def _nobody(done: int) -> None:
-    """Nobody watches the ranks one by one."""
+    """For what is too little to be shown."""
 
 
 def _merged(comm: Any, failures: dict[str, str]) -> dict[str, str]:
@@ -151,6 +156,7 @@ def _pass_on(comm: Any, job: Job) -> tuple[dict[str, str], StageError | None]:
     mine -= set(job.present)
 
     blocks = [list(_blocks(plan.files, plan.share(rank))) for rank in range(comm.size)]
+    tell = meter(sum(file.size for file in files), "staging", "B")
     reader, receiver = _Reader(plan), _Receiver(plan, mine)
     buffers = [np.empty(BLOCK_BYTES, np.uint8) for _ in range(2)]
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
@@ -160,6 +166,7 @@ def _pass_on(comm: Any, job: Job) -> tuple[dict[str, str], StageError | None]:
             here = [each[turn] if turn < len(each) else [] for each in blocks]
             status = reader.read(here[comm.rank], buffers[0])
             receiver.take(here[comm.rank], buffers[0], status)
+            tell(sum(length for _, _, length in here[comm.rank]))
             for step in range(comm.size - 1):
                 sent, received = here[(comm.rank - step) % comm.size], here[(comm.rank - step - 1) % comm.size]
                 status = comm.sendrecv(status, right, source=left)
@@ -167,6 +174,7 @@ def _pass_on(comm: Any, job: Job) -> tuple[dict[str, str], StageError | None]:
                 outgoing, incoming = (buffer[:n] for buffer, n in zip(buffers, lengths, strict=True))
                 comm.Sendrecv(outgoing, right, recvbuf=incoming, source=left)
                 receiver.take(received, buffers[1], status)
+                tell(lengths[1])
                 buffers.reverse()
     finally:
         os.umask(umask)

@@ -126,7 +126,7 @@ class StoreClient:
         if failed is not None:
             who = "the metadata server" if target == METADATA else f"target {target}"
             late = f"{who} did not answer within {self._storage.timeout_s:g} s (its queue was longer)"
-            raise _TimedOut(target, late, str(self._root / failed))
+            raise ReadTimeout(target, late, str(self._root / failed))
         if limit_mb_per_s:
             with self._link:
                 self._link_free_s = max(self._link_free_s, asked_s) + size_bytes / limit_mb_per_s / 1e6
@@ -156,7 +156,7 @@ class StoreClient:
         return json.loads(line)
 
 
-class _TimedOut(OSError):
+class ReadTimeout(OSError):
     """EIO, and the target that it comes from."""
 
     def __init__(self, target: int, message: str, path: str) -> None:
@@ -164,7 +164,7 @@ class _TimedOut(OSError):
         self.target = target
 
     def __reduce__(self) -> tuple[type, tuple[int, str, str]]:
-        return _TimedOut, (self.target, self.strerror, self.filename)
+        return ReadTimeout, (self.target, self.strerror, self.filename)
 
 
 def _read(part: _Part) -> bytes:
@@ -350,7 +350,7 @@ def _steps(client: StoreClient, workload: Workload, directory: Path, job: str, r
                 for part in parts:
                     _read(part)
                 row |= {"target": target, "ready_s": time.monotonic()}
-        except _TimedOut as error:
+        except ReadTimeout as error:
             row |= {"target": error.target, "fails_s": time.monotonic()}
         return row
 

@@ -35,6 +35,8 @@ class Report:
         From the first look at the source to the manifest.
     verified : bool
         Whether everything was read again.
+    mended_files : int
+        Those that had been damaged then, and were copied anew.
     """
 
     files: int
@@ -43,10 +45,12 @@ class Report:
     copied_bytes: int
     time_s: float
     verified: bool
+    mended_files: int = 0
 
     def __str__(self) -> str:
         there = self.files - self.copied_files
-        verified = ", all read again and right" if self.verified else ""
+        mended = f", {self.mended_files:,} found damaged and copied anew" if self.mended_files else ""
+        verified = f", all read again{mended or ' and right'}" if self.verified else ""
         return (
             f"{self.files:,} files, {bytes_text(self.bytes)}: {self.copied_files:,} copied "
             f"({bytes_text(self.copied_bytes)}), {there:,} already there, {self.time_s:.1f} s, "
@@ -189,14 +193,15 @@ def _stage_here(source: str, destination: str, workers: int | None, verify: bool
             known = staged_records(job)
             failures |= verify_share(job.plan.destination, [(f.path, known[f.path]) for f in again], lambda done: None)
         finish(job, failures)
-    return report(job, began, verify)
+    return report(job, began, verify, len(again) if verify else 0)
 
 
-def report(job: Job, began: float, verified: bool) -> Report:
+def report(job: Job, began: float, verified: bool, mended_files: int) -> Report:
     plan = job.plan
     everything = sum(file.size for file in plan.staged) + plan.bytes
     time_s = time.perf_counter() - began
-    return Report(len(plan.staged) + len(plan.files), everything, len(plan.files), plan.bytes, time_s, verified)
+    files = len(plan.staged) + len(plan.files)
+    return Report(files, everything, len(plan.files), plan.bytes, time_s, verified, mended_files)
 
 
 # -- during ----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ STYLES = [(BLUE, "-", "o"), (VERMILION, "--", "s"), (GREEN, "-.", "^"), (ORANGE,
 OUTCOMES = {
     "runs": (BLUE, "o"),
     "read timed out": (VERMILION, "X"),
-    "dies": (VERMILION, "X"),
+    "dies": (ORANGE, "P"),
     "out of memory": ("black", "s"),
 }
 BAND = {"both run": (BLUE, ""), "the larger fails": (ORANGE, "//"), "both fail": ("#BBBBBB", "..")}
@@ -113,7 +113,7 @@ def epochs(table: pd.DataFrame, published: pd.DataFrame) -> Figure:
         )
     samples = (table["epoch_s"] * table["nodes"] / table["step_s"]).median()
     cosmoflow = published[published["case"] == "CosmoFlow"]
-    steps = cosmoflow[(cosmoflow["quantity"] == "step time")]
+    steps = cosmoflow[(cosmoflow["quantity"] == "step time") & (cosmoflow["nodes"] >= table["nodes"].min())]
     axis.plot(
         *(steps["nodes"], steps["value"] * samples / steps["nodes"]),
         **{
@@ -122,12 +122,12 @@ def epochs(table: pd.DataFrame, published: pd.DataFrame) -> Figure:
             "ms": 14,
             "mfc": "white",
             "mec": "black",
-            "label": "published (communication included)",
+            "label": "published, communication included",
         },
     )
     for row in cosmoflow[(cosmoflow["quantity"] == "largest job") & (cosmoflow["outcome"] != "runs")].itertuples():
         axis.axvline(row.value, color="black", lw=1, ls=(0, (1, 2)))
-        words, place = f"{row.storage} could not\ngo past {row.value:g} ", {"ha": "right", "va": "top", "fontsize": 9}
+        words, place = f"{row.storage} could not \ngo past {row.value:g} ", {"ha": "right", "va": "top", "fontsize": 9}
         axis.text(row.value, 0.97, words, transform=axis.get_xaxis_transform(), **place)
     axis.set(xscale="log", yscale="log", xlabel="nodes", ylabel=f"epoch of {samples:,.0f} samples, s")
     axis.set_xscale("log", base=2)
@@ -156,11 +156,9 @@ def batches(table: pd.DataFrame, published: pd.DataFrame) -> Figure:
     axis.set_yticks(range(len(lines)), [name for name, _ in lines])
     axis.set(xlabel="images per node and step", ylim=(len(lines) - 0.5, -0.5))
     axis.axhline(table["storage"].nunique() - 0.5, color="black", lw=0.6)
-    labels = {"runs": "runs", "read timed out": "read timed out, or job died", "out of memory": "out of memory"}
-    for outcome, label in labels.items():
-        colour, marker = OUTCOMES[outcome]
-        axis.plot([], [], ls="", color=colour, marker=marker, ms=9, label=label)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    for outcome, (colour, marker) in OUTCOMES.items():
+        axis.plot([], [], ls="", color=colour, marker=marker, ms=9, label=outcome)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
@@ -210,7 +208,9 @@ def break_even(table: pd.DataFrame, epochs: int = 10) -> Figure:
     import matplotlib.pyplot as plt
 
     rows = table[table["data_tb"] == table["data_tb"].max()]
-    figure, axes = plt.subplots(1, len(rows), figsize=(3.2 * len(rows), 3.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(rows), figsize=(3.2 * len(rows), 3.6), sharey=True, layout="constrained", squeeze=False
+    )
     at = np.array([0, epochs])
     for axis, row in zip(axes.flat, rows.itertuples(), strict=True):
         direct_s, staged_s = at * row.epoch_slow_s, row.stage_s + at * row.epoch_fast_s
