@@ -45,7 +45,8 @@ def progress(iterable: Iterable[T], total: int | None = None, description: str =
 
 def _on_rank() -> bool:
     """Whether this is a rank, and a notebook could show how far it is."""
-    return getattr(shell(), "data_pub", None) is not None
+    # of the kernel, not of the shell: a notebook's own shell says that it has a publisher, and fails to make one
+    return getattr(getattr(shell(), "kernel", None), "data_pub_class", None) is not None
 
 
 def meter(total: int | None, description: str = "", unit: str = "it") -> Callable[[int], None]:

@@ -1,5 +1,6 @@
 """The benches: fair contenders, honest arithmetic. How fast anything is, is not tested here."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -22,12 +23,13 @@ import blocks  # noqa: E402
 import collective  # noqa: E402
 import groups  # noqa: E402
 import imports  # noqa: E402
+import staging  # noqa: E402
 from run import ROWS, Row, summarise, table  # noqa: E402
 
 TINY = {"size": 8, "batch": 1, "block_s": 0.02}
 
 
-def row(figure: str, bar: float) -> Row:
+def row(figure: str, bar: float | None) -> Row:
     return Row("name", "title", "module", "ours", "peer", figure, bar)
 
 
@@ -62,6 +64,12 @@ def test_on_a_busy_machine_no_bar_is_met_or_missed():
     result = summarise(row("speed", 1.5), pairs([1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [False, True, True]))
     assert result["met"] is None
     assert "machine busy" in table([result])
+
+
+def test_a_row_without_a_bar_is_only_reported():
+    result = summarise(row("speed", None), pairs([1.0, 1.0], [2.0, 2.0]))
+    assert (result["median"], result["bar"], result["met"]) == (2, None, None)
+    assert table([result]).splitlines()[-1].endswith("| - | - | 2 (0) |")
 
 
 def test_contenders_take_turns_until_enough_turns_were_quiet(monkeypatch: pytest.MonkeyPatch):
@@ -109,6 +117,17 @@ def _stopped_descendants() -> int:
 def test_allreduces_are_timed_in_turn_on_real_ranks():
     times = collective.measure(n_ranks=2, size_bytes=4096, pairs=1, block_s=0.01).query("pair == 0")
     assert times["contender"].tolist() == ["native", "ring", "shared"] and (times["time_s"] > 0).all()
+
+
+@pytest.mark.skipif(not shutil.which("rsync"), reason="rsync is not installed")
+@pytest.mark.parametrize("cold", [True, False])
+def test_copies_are_timed_in_turn_and_removed(cold: bool, tmp_path: Path):
+    times = staging.measure(n_files=60, size_bytes=5000, cold=cold, pairs=1, destination=str(tmp_path))
+    times = times.query("pair == 0").set_index("contender")
+    assert list(times.index) == ["nurion_utils", "cp", "rsync", "tar", "read", "fastest"]
+    assert times.loc["fastest", "time_s"] == times.loc[["cp", "rsync", "tar"], "time_s"].min() > 0
+    assert cold or (times["resident"] == 1).all()  # a cold cache is not in every file system's power
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("module", ["peer_tensorflow", "peer_torch"])

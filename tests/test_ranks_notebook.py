@@ -169,6 +169,11 @@ def test_a_notebook_shows_one_progress_bar_for_all_ranks(notebook: Notebook, cel
     assert len(outputs.shown) == 1 and (outputs.printed, outputs.error) == ("", "")
 
 
+def test_what_tells_its_progress_on_ranks_only_iterates_in_the_notebook_itself(notebook: Notebook) -> None:
+    outputs = notebook.run("from nurion_utils import ranks\nsum(ranks.progress(range(4)))")
+    assert (outputs.shown, outputs.printed, outputs.error, outputs.widgets) == (["6"], "", "", {})
+
+
 def test_staging_on_ranks_shows_one_bar_of_all_bytes(notebook: Notebook, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     for name in "abcd":

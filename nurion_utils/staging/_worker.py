@@ -3,6 +3,7 @@
 On its standard output it writes pickled numbers of bytes, and at last the dictionary of failures.
 """
 
+import os
 import pickle
 import signal
 import sys
@@ -30,6 +31,8 @@ class Teller:
 
 def main() -> None:
     end_with_parent()
+    if os.getppid() != int(sys.argv[1]):  # it was gone before that, and nobody would end this process
+        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that started this one, and ends it
     function, arguments, lock = pickle.load(sys.stdin.buffer)
     tell = Teller(lambda done: (pickle.dump(done, sys.stdout.buffer), sys.stdout.buffer.flush()))

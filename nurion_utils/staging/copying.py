@@ -26,7 +26,7 @@ from nurion_utils.staging.plans import RECORDS, File
 TEMPORARY = ".nurion-part-"
 BUFFER_BYTES = 1 << 20  # stays in a core's cache between hashing and writing
 BATCH_FILES, BATCH_BYTES = 64, 64 << 20  # renamed together
-AHEAD_FILES, AHEAD_BYTES = 64, 16 << 20  # asked of the source before they are read
+AHEAD_FILES, AHEAD_BYTES = 64, 16 << 20  # opened before they are read
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no further file will fit either
 Record = tuple[int, int, str]  # size, mtime_ns, hash
 
@@ -142,8 +142,8 @@ def copy_share(
 def _opened(folder: int, files: Iterable[File]) -> Iterator[tuple[File, int | OSError]]:
     """Each file with its descriptor, open until the next one is asked for, or with what kept it from opening.
 
-    The data of the files after it are on their way meanwhile: a disk or a server that is asked for many pieces at
-    once has them sooner than one that is asked for one after the other.
+    The data of small files after it are on their way meanwhile: a disk or a server that is asked for many pieces at
+    once has them sooner than one that is asked for one after the other.  Long files the system reads ahead itself.
     """
     ahead: collections.deque[tuple[File, int | OSError]] = collections.deque()
     ahead_bytes = 0
@@ -160,7 +160,9 @@ def _opened(folder: int, files: Iterable[File]) -> Iterator[tuple[File, int | OS
             try:
                 descriptor = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
                 ahead.append((file, descriptor))
-                _ask_for(descriptor, file, 0, min(file.size, AHEAD_BYTES))
+                if file.size <= BUFFER_BYTES:
+                    with contextlib.suppress(OSError):  # it is only advice
+                        os.posix_fadvise(descriptor, 0, file.size, os.POSIX_FADV_WILLNEED)
             except OSError as error:
                 ahead.append((file, error))
             ahead_bytes += file.size
@@ -173,13 +175,6 @@ def _opened(folder: int, files: Iterable[File]) -> Iterator[tuple[File, int | OS
     finally:
         while ahead:
             done()
-
-
-def _ask_for(descriptor: int, file: File, start: int, length: int) -> None:
-    """Tell the operating system what will be read soon; holes would only fill its memory with zeros."""
-    if file.allocated >= file.size:
-        with contextlib.suppress(OSError):  # advice that cannot be taken, such as for a pipe
-            os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
 
 
 def _copy(source: int, writer: Writer, file: File, buffer: memoryview, tell: Callable[[int], None]) -> None:
@@ -213,13 +208,14 @@ def _copy_blocks(
             done = os.lseek(source, done + hole, os.SEEK_SET)
             os.lseek(descriptor, done, os.SEEK_SET)
             tell(hole)
-        _ask_for(source, file, done + AHEAD_BYTES, BUFFER_BYTES)
         length = os.readv(source, [buffer])
         if not length:
             break
         hasher.update(buffer[:length])
         write_all(descriptor, buffer[:length])
         done += length
+        # Not read again here: what it takes of memory is the next block's, not other data's nor the copy's.
+        os.posix_fadvise(source, 0, done, os.POSIX_FADV_DONTNEED)
         tell(length)
     if sparse:
         os.ftruncate(descriptor, done)

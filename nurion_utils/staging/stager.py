@@ -247,7 +247,7 @@ def _in_processes(
     """Run a function of `copying` on each share, in processes that end with this one."""
     import selectors
 
-    command = [sys.executable, "-P", "-m", "nurion_utils.staging._worker"]
+    command = [sys.executable, "-P", "-m", "nurion_utils.staging._worker", str(os.getpid())]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     failures: dict[str, str] = {}
     with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -25,6 +26,7 @@ def DistributedOptimizer(  # noqa: N802 - the name the field knows
     op: Any = hvd.Average,
     compression: Any = hvd.Compression.none,
     reducer: Callable[[np.ndarray], None] | None = None,
+    observer: Callable[[list, Callable[[list], list], int], list] | None = None,
 ) -> keras.optimizers.Optimizer:
     """Make an optimizer average its gradients over all ranks before it clips and applies them.
 
@@ -45,6 +47,10 @@ def DistributedOptimizer(  # noqa: N802 - the name the field knows
     reducer : callable, optional
         Averages in Horovod's place: it gets all gradients as one flat array (float32, or float64 if one of them
         is) and must average it over the ranks in place.  Horovod is not initialised then.
+    observer : callable, optional
+        Sees the gradients before and after, such as `nurion_utils.large_batch.NoiseScale`.  It is called with this
+        rank's gradients, with the function that averages such a list, and with how many accumulated batches they
+        are means of; it must return the averages.  A scalar that it adds to the list travels in the same message.
 
     Returns
     -------
@@ -56,7 +62,7 @@ def DistributedOptimizer(  # noqa: N802 - the name the field knows
     TypeError
         If `optimizer` is no Keras 3 optimizer, or is Horovod's own wrapper around one.
     ValueError
-        If the optimizer is distributed already, or `op`, `compression` and `reducer` do not go together.
+        If the optimizer is distributed already, or `op`, `compression`, `reducer` and `observer` do not go together.
         Later, when the training step is traced: if it is to be compiled with XLA (Horovod's operations cannot
         be), or if the model trains in float8, whose scales each rank would keep for itself.
 
@@ -96,9 +102,16 @@ def DistributedOptimizer(  # noqa: N802 - the name the field knows
         reduction = _PluggedReduction(reducer)
 
     scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if observer is not None:
+        if not callable(observer):
+            raise TypeError(f"observer must be callable, such as NoiseScale(batch_per_rank=32), not {observer!r}.")
+        if op != hvd.Average or compression is not hvd.Compression.none:
+            raise ValueError("An observer compares gradients with their exact average: leave op and compression out.")
+        if isinstance(optimizer.inner_optimizer if scaled else optimizer, keras.optimizers.MultiOptimizer):
+            raise ValueError("An observer must see all gradients at once, but a MultiOptimizer divides them.")
     if keras.config.dtype_policy().name == "mixed_float16" and not scaled and not optimizer.built:
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
-    _take_over(optimizer, reduction, "gradients")
+    _take_over(optimizer, reduction, "gradients", observer)
     return optimizer
 
 
@@ -192,6 +205,7 @@ class _Distributed:
 
     _reduction: _HorovodReduction | _PluggedReduction
     _reduction_name: str
+    _observer: Callable[[list, Callable[[list], list], int], list] | None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The first thing LossScaleOptimizer and MultiOptimizer do to an optimizer that they wrap.
@@ -225,7 +239,10 @@ class _AveragesGradients(_Distributed):
     def _clip_gradients(self, grads: list) -> list:
         # Keras' own name for the step between accumulation and clipping; private, hence the check in apply().
         self._has_reduced = True
-        return super()._clip_gradients(self._reduction.average(grads, self._reduction_name))
+        average = partial(self._reduction.average, name=self._reduction_name)
+        if self._observer is None:
+            return super()._clip_gradients(average(grads))
+        return super()._clip_gradients(self._observer(grads, average, self.gradient_accumulation_steps or 1))
 
 
 class _Delegates(_Distributed):
@@ -241,7 +258,7 @@ class _Delegates(_Distributed):
     def _take_over_inner(self) -> None:
         for i, optimizer in enumerate(self._inner()):
             if not isinstance(optimizer, _Distributed):
-                _take_over(optimizer, self._reduction, f"{self._reduction_name}_{i}")
+                _take_over(optimizer, self._reduction, f"{self._reduction_name}_{i}", self._observer)
 
 
 class _ScalesLoss(_Delegates):
@@ -254,7 +271,7 @@ class _ScalesLoss(_Delegates):
         return tf.logical_not(self._reduction.is_true_anywhere(overflow, f"{self._reduction_name}_overflow"))
 
 
-def _take_over(optimizer: keras.optimizers.Optimizer, reduction: Any, name: str) -> None:
+def _take_over(optimizer: keras.optimizers.Optimizer, reduction: Any, name: str, observer: Callable | None) -> None:
     cls = type(optimizer)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         role = _ScalesLoss
@@ -264,6 +281,7 @@ def _take_over(optimizer: keras.optimizers.Optimizer, reduction: Any, name: str)
         role = _AveragesGradients
     # `__class__` is what Keras saves an optimizer under: showing the original one makes the file a plain one.
     shown = {"__class__": property(lambda self: cls), "_reduction": reduction, "_reduction_name": name}
+    shown["_observer"] = staticmethod(observer)  # a plain function must not become a method
     # Changing the class in place keeps what no configuration holds: variables, callables, exclusions.  Keras'
     # own __setattr__ would try to track it.
     object.__setattr__(optimizer, "__class__", type(f"Distributed{cls.__name__}", (role, cls), shown))

@@ -10,7 +10,7 @@ QUIET_CORES = 0.05  # more CPU than this, in cores, taken by others spoils a blo
 MAX_ATTEMPTS = 3  # times as many pairs as were asked for, before a busy machine's are taken
 
 
-def alternate(contenders: dict[str, Callable[[], float]], pairs: int) -> pd.DataFrame:
+def alternate(contenders: dict[str, Callable[[], float]], pairs: int, quiet_cores: float = QUIET_CORES) -> pd.DataFrame:
     """Run one block of each contender in turn, until `pairs` such turns were not disturbed.
 
     Parameters
@@ -19,6 +19,8 @@ def alternate(contenders: dict[str, Callable[[], float]], pairs: int) -> pd.Data
         By name, what runs one block and returns its time in seconds (of a step, a start, an import).
     pairs
         Undisturbed turns wanted. After three times as many turns the machine counts as busy.
+    quiet_cores
+        More CPU than this, in cores, taken by others disturbs.
 
     Returns
     -------
@@ -38,11 +40,11 @@ def alternate(contenders: dict[str, Callable[[], float]], pairs: int) -> pd.Data
             others_cores = (_others_s() - others_begin) / (time.perf_counter() - begin)
             worst = max(worst, others_cores)
             rows.append((pair, name, time_s, others_cores))
-        quiet += worst <= QUIET_CORES
+        quiet += worst <= quiet_cores
         if quiet == pairs:
             break
     table = pd.DataFrame(rows, columns=["pair", "contender", "time_s", "others_cores"])
-    table["disturbed"] = table.groupby("pair")["others_cores"].transform("max") > QUIET_CORES
+    table["disturbed"] = table.groupby("pair")["others_cores"].transform("max") > quiet_cores
     return table
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import rank_side
 
@@ -22,11 +23,13 @@ TIMEOUT_S = 300  # for one block, or for the imports before the first
 
 
 @contextlib.contextmanager
-def our_ranks(ways: list[str], size: int, batch: int, block_s: float) -> Iterator[dict[str, Callable[[], float]]]:
-    """Start two of our ranks; yields, for each way of `rank_side.prepare`, what times one step in a block."""
+def our_ranks(
+    ways: list[str], size: Any, batch: int, block_s: float, prepare: Callable = rank_side.prepare
+) -> Iterator[dict[str, Callable[[], float]]]:
+    """Start two of our ranks; yields, for each way that `prepare` knows, what times one step in a block."""
     with ranks.start(2) as world:
         pids = world.run(os.getpid)
-        world.run(rank_side.prepare, ways, size, batch)
+        world.run(prepare, ways, size, batch)
 
         def steps(way: str, count: int) -> float:
             for pid in pids:

@@ -34,7 +34,7 @@ class Row:
     ours: str  # contenders, as `measure` calls them
     peer: str
     figure: str  # what is held to the bar, a key of FIGURES
-    bar: float
+    bar: float | None  # None: only reported
     settings: dict[str, Any] = field(default_factory=dict)  # what `measure` is called with
     samples: int | None = None  # in a step of both ranks; the contenders are then shown in samples per second
 
@@ -79,6 +79,31 @@ ROWS += [
     for size, bar in zip(SIZES, bars, strict=True)
     if bar
 ]  # fmt: skip
+# Staging: the cold source is what jobs meet, and has the bars; the warm one shows what the software costs.
+LARGE = {"n_files": 1000, "size_bytes": 8 << 20}
+SMALL = {"n_files": 50_000, "size_bytes": 20_000}
+ROWS += [
+    Row(f"stage_{name}_{cache}_{peer}", f"staging {title} against {peer}, {cache} cache", "staging",
+        "nurion_utils", peer, "speed", bar if cache == "cold" else None, {**files, "cold": cache == "cold"})
+    for name, title, files, bars in (
+        ("large", "1,000 files of 8 MiB", LARGE, {"cp": 2.0, "rsync": 4.0, "read": None}),
+        ("small", "50,000 files of 20 kB", SMALL, {"fastest": 1.0, "rsync": 1.5, "read": None}),
+    )
+    for cache in ("cold", "warm")
+    for peer, bar in bars.items()
+]  # fmt: skip
+
+ROWS += [
+    Row("noise_mlp", "2 ranks that measure the noise scale against 2 that do not, mlp, batch 32", "noise",
+        "observed", "plain", "time", 1.05, {"model": "mlp", "batch": 32}),
+    Row("noise_volumes", "2 ranks that measure the noise scale against 2 that do not, 32^3, batch 4", "noise",
+        "observed", "plain", "time", 1.05, {"model": "cosmoflow_small", "batch": 4}),
+    Row("sweep_ranks", "a sweep of small trainings on 2 ranks against 1, batch 512", "sweeps",
+        "two ranks", "one rank", "speed", 1.8, {"batch": 512}),
+    Row("sweep_fit", "the same against a loop of Keras fit on 1 rank, batch 512", "sweeps",
+        "two ranks", "fit", "speed", 3.0, {"batch": 512}),
+    Row("sweep_fit_2048", "the same, batch 2048", "sweeps", "two ranks", "fit", "speed", 3.0, {"batch": 2048}),
+]  # fmt: skip
 
 
 def summarise(row: Row, blocks: pd.DataFrame) -> dict[str, Any]:
@@ -107,8 +132,8 @@ def summarise(row: Row, blocks: pd.DataFrame) -> dict[str, Any]:
         "figure_unit": unit,
         "median": median,
         "spread": [low, quarter, three_quarters, high],
-        "bar": f"{relation} {row.bar:g}",
-        "met": None if busy else bool(MEETS[relation](median, row.bar)),
+        "bar": None if row.bar is None else f"{relation} {row.bar:g}",
+        "met": None if busy or row.bar is None else bool(MEETS[relation](median, row.bar)),
         "pairs": len(times),
         "dropped": 0 if busy else dropped,
         "command": f".venv/bin/python tools/bench/run.py {row.name}",
@@ -122,14 +147,15 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|--:|--:|--:|--:|--:|---|--:|",
     ]
     for r in results:
+        met = {True: "yes", False: "no", None: "machine busy" if r["bar"] else "-"}[r["met"]]
         low, quarter, three_quarters, high = (f"{value:.3g}" for value in r["spread"])
         cells = [
             r["title"],
             *(f"{r[who]:.3g} {r['unit']}" for who in ("ours", "peer")),
             f"{r['figure']}: {r['median']:.3g} {r['figure_unit']}",
             f"{low}, {quarter} - {three_quarters}, {high}",
-            f"{r['bar']} {r['figure_unit']}",
-            {True: "yes", False: "no", None: "machine busy"}[r["met"]],
+            f"{r['bar']} {r['figure_unit']}" if r["bar"] else "-",
+            met,
             f"{r['pairs']} ({r['dropped']})",
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -1,0 +1,194 @@
+"""Batch normalisation in data parallelism: statistics over all ranks, or over groups as each rank alone has them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from nurion_utils._checks import whole_number
+
+_register = keras.saving.register_keras_serializable("nurion_utils")
+
+
+@_register
+class SyncBatchNormalization(keras.layers.BatchNormalization):
+    """Batch normalisation with the statistics of all ranks' samples.
+
+    P ranks with B samples each then normalise as one rank with P x B does, also if some have fewer samples, and all
+    hold the same moving statistics.  Parameters and call are those of `keras.layers.BatchNormalization`, which this
+    is on one rank.  (Horovod's layer of this name passes ``fused=`` on to Keras, and Keras 3 knows no such argument.)
+
+    Notes
+    -----
+    The mean is found first and then the mean square about it: two allreduces of as many numbers as there are
+    channels, and two more in the backward pass, but no difference of large squares as in E[x^2] - E[x]^2.
+
+    All ranks must call the layer equally often in training.  XLA cannot compile it.
+    """
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        self.supports_jit = False
+
+    def _moments(self, inputs: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
+        import horovod.tensorflow as hvd  # inference does without
+
+        if not hvd.is_initialized():
+            hvd.init()
+        # A graph that is traced on one rank of an elastic job may later run on several.
+        if hvd.size() == 1 and not int(os.environ.get("HOROVOD_ELASTIC", 0)):
+            return super()._moments(inputs, mask)
+        channels = tf.shape(inputs)[self.axis]
+        if mask is None:
+            count = tf.fill([channels], tf.cast(tf.size(inputs) // channels, inputs.dtype))
+        else:
+            mask = tf.broadcast_to(tf.cast(mask, bool)[..., tf.newaxis], tf.shape(inputs))
+            inputs = tf.where(mask, inputs, 0)
+            count = tf.reduce_sum(tf.cast(mask, inputs.dtype), self._reduction_axes)
+        local = tf.stack([tf.reduce_sum(inputs, self._reduction_axes), count])
+        total, count = tf.unstack(_sum_over_ranks(local))
+        if mask is not None:
+            count += keras.backend.epsilon()  # as Keras does: all may be masked
+        mean = total / count
+        shape = [1] * len(inputs.shape)
+        shape[self.axis] = -1
+        # The sum of differences is zero, so the variance has no derivative by the mean.
+        difference = inputs - tf.reshape(tf.stop_gradient(mean), shape)
+        if mask is not None:
+            difference = tf.where(mask, difference, 0)
+        variance = _sum_over_ranks(tf.reduce_sum(tf.square(difference), self._reduction_axes)) / count
+        return mean, variance
+
+
+@tf.custom_gradient
+def _sum_over_ranks(values: tf.Tensor) -> tuple[tf.Tensor, Any]:
+    """The sum; its gradient is the sum of the gradients on all ranks, under a name that all ranks share."""
+    return _allreduce(values, "batch_norm"), lambda upstream: _allreduce(upstream, "batch_norm_gradient")
+
+
+def _allreduce(values: tf.Tensor, name: str) -> tf.Tensor:
+    import horovod.tensorflow as hvd
+
+    # Horovod matches by name.  Layers' names may differ between ranks; the order in which a model is traced does not,
+    # and by that TensorFlow numbers names at the root of a graph.
+    with tf.name_scope(""):
+        return hvd.allreduce(values, op=hvd.Sum, name=name, ignore_name_scope=True)
+
+
+@_register
+class GroupedBatchNormalization(keras.layers.BatchNormalization):
+    """Batch normalisation over groups of the batch, each with its own statistics.
+
+    One rank with P groups of B samples then normalises as P ranks with B samples do that do not synchronise: "ghost
+    batch normalisation" (Hoffer, Hubara and Soudry 2017, arXiv 1705.08741).  The moving statistics take in the
+    average over the groups with the weight that the groups would have one after the other.  So they are as old, in
+    samples, whatever the batch: a large batch has too few steps for them to arrive at one step's weight.
+
+    Parameters
+    ----------
+    group : int
+        Samples that are normalised together; they follow one another in the batch.
+    **settings
+        Those of `keras.layers.BatchNormalization`, without renorm and synchronized.
+
+    Raises
+    ------
+    ValueError
+        If the batch is not a multiple of the group and its size is known when the layer is called; else TensorFlow
+        fails to reshape it later.  If there is a mask in training.
+    """
+
+    def __init__(self, group: int, **settings: Any):
+        if settings.get("renorm") or settings.get("synchronized"):
+            raise ValueError("GroupedBatchNormalization keeps statistics per group: no renorm, no synchronized")
+        super().__init__(**settings)
+        self.group = whole_number(group, "group")
+
+    def call(self, inputs: tf.Tensor, training: bool | None = None, mask: tf.Tensor | None = None) -> tf.Tensor:
+        if not (training and self.trainable):
+            return super().call(inputs, training=False)
+        if mask is not None:
+            raise ValueError("GroupedBatchNormalization takes no mask in training; use SyncBatchNormalization for it")
+        if inputs.shape[0] is not None and inputs.shape[0] % self.group:
+            raise ValueError(f"a batch of {inputs.shape[0]} does not divide into groups of {self.group} samples")
+        x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))  # as Keras does
+        x = ops.reshape(x, (-1, self.group, *ops.shape(inputs)[1:]))
+        mean, variance = ops.moments(x, [axis + 1 for axis in self._reduction_axes], keepdims=True)
+        momentum = self.momentum ** ops.cast(ops.shape(x)[0], self.moving_mean.dtype)
+        for moving, found in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            average = ops.reshape(ops.mean(found, 0), (-1,))
+            moving.assign(moving * momentum + ops.cast(average, moving.dtype) * (1 - momentum))
+        x = (x - mean) * ops.rsqrt(variance + self.epsilon)
+        shape = [1] * len(x.shape)
+        shape[self.axis if self.axis < 0 else self.axis + 1] = -1
+        if self.scale:
+            x = x * ops.cast(ops.reshape(self.gamma, shape), x.dtype)
+        if self.center:
+            x = x + ops.cast(ops.reshape(self.beta, shape), x.dtype)
+        return ops.cast(ops.reshape(x, ops.shape(inputs)), self.compute_dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "group": self.group}
+
+
+def zero_gamma(model: keras.Model) -> list[str]:
+    """Set gamma of the last batch normalisation of each residual block to 0: at first, each block is the identity.
+
+    Goyal et al. 2017 (arXiv 1706.02677, section 5.1).  A block ends in an `Add` layer; of the branches between it and
+    the layer where they part, the residual one is that with the most layers.
+
+    Parameters
+    ----------
+    model : keras.Model
+        A functional or sequential model, such as `nurion_utils.training.models.resnet50()`; models within it count.
+
+    Returns
+    -------
+    list of str
+        Names of the layers changed, from the input on.
+
+    Raises
+    ------
+    ValueError
+        If there is no such layer.
+    """
+    names = _zero_gamma(model)
+    if not names:
+        raise ValueError(
+            f"the model {model.name!r} has no residual block: no Add layer whose longer branch holds a batch "
+            "normalisation with gamma"
+        )
+    return names
+
+
+def _zero_gamma(model: keras.Model) -> list[str]:
+    names = []
+    for place, layer in enumerate(model.layers):  # from the input on
+        if isinstance(layer, keras.Model):
+            names += _zero_gamma(layer)
+        if not isinstance(layer, keras.layers.Add):
+            continue
+        before = [_ancestors(tensor) for tensor in layer.input]
+        branches = [[other for other in model.layers[:place] if other in part] for part in before]
+        shared = set.intersection(*before)
+        branch = max(([other for other in part if other not in shared] for part in branches), key=len)
+        norms = [part for part in branch if isinstance(part, keras.layers.BatchNormalization) and part.scale]
+        if norms:
+            norms[-1].gamma.assign(ops.zeros_like(norms[-1].gamma))
+            names.append(norms[-1].name)
+    return names
+
+
+def _ancestors(tensor: keras.KerasTensor) -> set[Any]:
+    """The layers that a tensor of a functional model comes through."""
+    found, ahead = set(), [tensor]
+    while ahead:
+        layer, node, _ = ahead.pop()._keras_history
+        if layer not in found:
+            found.add(layer)
+            ahead += layer._inbound_nodes[node].input_tensors
+    return found

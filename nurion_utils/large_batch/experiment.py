@@ -1,0 +1,154 @@
+"""The experiment of notebook 05: test error against batch for seven ways to set the learning rate.
+
+    python -m nurion_utils.large_batch [RANKS]      makes data/large_batch_digits.csv again
+
+Where a method's rate is free (LARS, LAMB, SGD without a rule) it is chosen on validation images, from a grid, for
+each batch; all are reported on test images that nothing was chosen on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nurion_utils import _data
+from nurion_utils._checks import require_columns
+from nurion_utils.large_batch.recipes import Recipe
+from nurion_utils.large_batch.tasks import DigitsTask
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from nurion_utils.ranks import World
+
+SAMPLES = 131_072
+BATCHES = (512, 2048, 4096, 8192, 16_384)
+SEEDS = range(12)
+TUNING_SEEDS = range(100, 102)
+WARMUP = {"warmup": "gradual", "warmup_epochs": 2}
+# Rates that were tried for each method without a rule; a best one at an end of its grid would be no optimum.
+GRIDS = {
+    "SGD, tuned": (0.4, 0.8, 1.6, 2.4, 3.2, 4.8),
+    "LARS": (0.05, 0.1, 0.2, 0.4, 0.8, 1.2, 1.6),
+    "LAMB": (0.01, 0.02, 0.04, 0.08, 0.12, 0.16, 0.24),
+}
+COLUMNS = ["part", "method", "batch", "seed", "rate", "test_error", "validation_error", "steps", "diverged"]
+
+
+def by_rule(batch: int) -> dict[str, Recipe]:
+    """The recipes whose rate follows from the one that is good at a batch of 32."""
+    return {
+        "fixed": Recipe(batch, rule="fixed"),
+        "square root": Recipe(batch, rule="square root"),
+        "linear": Recipe(batch, rule="linear"),
+        "linear, warm-up": Recipe(batch, rule="linear", **WARMUP),
+    }
+
+
+def at_rate(method: str, batch: int, rate: float) -> Recipe:
+    """The recipe of a method whose rate is free."""
+    settings: dict[str, Any] = {"base_batch": batch, "base_rate": rate, "warmup_from": 0.0, **WARMUP}
+    if method == "LARS":
+        settings["optimizer"] = "lars"
+    elif method == "LAMB":
+        settings |= {"optimizer": "lamb", "weight_decay": 0.01}
+    return Recipe(batch, **settings)
+
+
+def constant(batch: int) -> list[Recipe]:
+    """Recipes whose rate does not fall, from below the square-root rule's to the linear rule's: how fast can it go?"""
+    k = batch / 32
+    rates = np.geomspace(0.025 * k**0.5, 0.05 * max(k, 2), 6)
+    settings = {"warmup": "gradual", "warmup_epochs": 1, "warmup_from": 0.0, "decay": "none"}
+    return [Recipe(batch, base_batch=batch, base_rate=rate, **settings) for rate in rates]
+
+
+def methods(batch: int, rates: Mapping[tuple[str, int], float]) -> dict[str, Recipe]:
+    """All recipes for a batch; `rates` by method and batch, as `best_rates` finds them."""
+    free = {method: at_rate(method, batch, rates[method, batch]) for method in GRIDS if (method, batch) in rates}
+    return by_rule(batch) | free
+
+
+def best_rates(table: pd.DataFrame) -> dict[tuple[str, int], float]:
+    """By method and batch, the rate with the smallest mean validation error among the rows of part "tuning"."""
+    rows = table[table["part"] == "tuning"]
+    means = rows.groupby(["method", "batch", "rate"])["validation_error"].mean()
+    return {key: float(of_key.idxmin()[2]) for key, of_key in means.groupby(["method", "batch"])}
+
+
+def recorded() -> pd.DataFrame:
+    """The experiment as it was recorded: one row per training, of part "tuning", "report" or "constant"."""
+    return _data.read("large_batch_digits")
+
+
+def published() -> pd.DataFrame:
+    """Figures of others: study, batch, setting, value, quantity, unit, status, source."""
+    return _data.read("published_large_batch")
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """Per method and batch: count, mean and std of the test error, and half_interval, half of the mean's 95 % interval.
+
+    All in per cent; the interval is Student's, over seeds.
+    """
+    import scipy.stats
+
+    require_columns(table, ["method", "batch", "test_error"])
+    result = table.groupby(["method", "batch"], sort=False)["test_error"].agg(["count", "mean", "std"])
+    factor = scipy.stats.t.ppf(0.975, (result["count"] - 1).clip(lower=1)) / result["count"] ** 0.5
+    result["half_interval"] = result["std"] * factor
+    return result.reset_index()
+
+
+def run(world: World | None, batches: Iterable[int] = BATCHES, path: str | None = None) -> pd.DataFrame:
+    """Tune, then report, then without decay; some twenty minutes on two cores."""
+    import pandas as pd
+
+    from nurion_utils.large_batch.sweeping import sweep
+
+    task = DigitsTask(SAMPLES)
+    tried = {(m, b, rate): at_rate(m, b, rate) for b in batches for m, rates in GRIDS.items() for rate in rates}
+    tuning = _tidy(sweep(tried, TUNING_SEEDS, world, task, path), "tuning", lambda key: key[0])
+    rates = best_rates(tuning)
+    reported = {(name, b): recipe for b in batches for name, recipe in methods(b, rates).items()}
+    reported["base", 32] = Recipe(32)
+    report = _tidy(sweep(reported, SEEDS, world, task, path), "report", lambda key: key[0])
+    steady = {("constant", i, b): recipe for b in (32, *batches) for i, recipe in enumerate(constant(b))}
+    constants = _tidy(sweep(steady, TUNING_SEEDS, world, task, path), "constant", lambda key: key[0])
+    return pd.concat([tuning, report, constants], ignore_index=True)
+
+
+def steps_to(table: pd.DataFrame, error: float, samples: int = SAMPLES) -> pd.DataFrame:
+    """What it takes to come to a validation error, in %, at each batch with the rate that comes there first.
+
+    From the rows of part "constant"; between two epochs the error is taken to fall in a straight line, and of the
+    seeds the mean counts.
+
+    Returns
+    -------
+    pandas.DataFrame
+        batch, rate, steps, samples; without the batches that never come there.
+    """
+    import pandas as pd
+
+    rows = []
+    for (batch, rate), of_rate in table[table["part"] == "constant"].groupby(["batch", "rate"]):
+        courses = np.array([[float(e) for e in str(course).split()] for course in of_rate["validation_errors"]])
+        course = np.concatenate([[90.0], courses.mean(axis=0)])  # untrained, one in ten is right
+        below = np.flatnonzero(course <= error)
+        if below.size:
+            last = below[0]
+            epoch = last - 1 + (course[last - 1] - error) / (course[last - 1] - course[last])
+            rows.append((batch, rate, epoch * -(-samples // batch), epoch * samples))
+    found = pd.DataFrame(rows, columns=["batch", "rate", "steps", "samples"])
+    return found.loc[found.groupby("batch")["steps"].idxmin()].reset_index(drop=True)
+
+
+def _tidy(table: pd.DataFrame, part: str, method: Any) -> pd.DataFrame:
+    rates = [
+        Recipe(**{key: row[key] for key in ("batch", "base_batch", "base_rate", "rule")}).peak_rate
+        for row in table.to_dict("records")
+    ]
+    return table.assign(part=part, method=table["name"].map(method), rate=rates)

@@ -1,0 +1,186 @@
+"""A training run written down once, as data: how large the batch is, and the learning rate at every moment.
+
+>>> recipe = Recipe(batch=8192, base_batch=256, base_rate=0.1, warmup="gradual", warmup_epochs=5, epochs=90)
+>>> recipe.peak_rate, recipe.rate(0.0), recipe.rate(5.0)
+(3.2, 0.1, 3.2)
+
+What reads it: `Recipe.rates`, the table that a sweep trains with; `Recipe.schedule`, which is the same table as a
+Keras learning-rate schedule; `Recipe.make_optimizer`; and the models that predict what a run costs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from nurion_utils._checks import positive, whole_number
+
+if TYPE_CHECKING:
+    import keras
+
+RULES = {"fixed": lambda k: 1.0, "square root": math.sqrt, "linear": float}
+WARMUPS = ("none", "constant", "gradual")
+DECAYS = ("none", "steps", "cosine")
+OPTIMIZERS = ("sgd", "lars", "lamb")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be trained; the message says what would be right."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run.
+
+    Attributes
+    ----------
+    batch
+        Samples per step, of all ranks together.
+    base_batch, base_rate
+        The batch for which the learning rate is known to be good, and that rate.
+    rule
+        How the rate follows the batch, k = batch / base_batch: "fixed", "square root" (of k) or "linear" (k times;
+        Goyal et al. 2017).
+    epochs
+        Passes over the data.
+    warmup, warmup_epochs, warmup_from
+        "gradual": from `warmup_from` up to the full rate in a straight line; "constant": at `warmup_from`, then a
+        jump.  `warmup_from` is the base rate unless given; LARS and LAMB are usually started from 0.
+    decay, milestones, decay_factor
+        "steps": times `decay_factor` at each of `milestones`, in parts of all epochs; "cosine": down to zero along
+        half a cosine, from the end of the warm-up on; "none".
+    optimizer
+        "sgd" (with momentum), "lars" or "lamb".
+    momentum, weight_decay
+        Weight decay applies to kernels only, not to biases and batch normalisation.
+    trust
+        LARS' trust coefficient.
+    """
+
+    batch: int
+    base_batch: int = 32
+    base_rate: float = 0.05
+    rule: Literal["fixed", "square root", "linear"] = "linear"
+    epochs: float = 10
+    warmup: Literal["none", "constant", "gradual"] = "none"
+    warmup_epochs: float = 0.0
+    warmup_from: float | None = None
+    decay: Literal["none", "steps", "cosine"] = "steps"
+    milestones: tuple[float, ...] = (1 / 3, 2 / 3, 8 / 9)
+    decay_factor: float = 0.1
+    optimizer: Literal["sgd", "lars", "lamb"] = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    trust: float = 0.1
+
+    def __post_init__(self) -> None:
+        try:
+            for name in ("batch", "base_batch"):
+                object.__setattr__(self, name, whole_number(getattr(self, name), name))
+            for name in ("base_rate", "epochs", "decay_factor", "trust"):
+                object.__setattr__(self, name, positive(getattr(self, name), name))
+            for name in ("warmup_epochs", "warmup_from", "momentum", "weight_decay"):
+                if (value := getattr(self, name)) is not None or name != "warmup_from":
+                    object.__setattr__(self, name, positive(value, name) if value != 0 else 0.0)
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+        for name, known in {"rule": RULES, "warmup": WARMUPS, "decay": DECAYS, "optimizer": OPTIMIZERS}.items():
+            if getattr(self, name) not in known:
+                raise RecipeError(f"{name} is one of {', '.join(map(repr, known))}, not {getattr(self, name)!r}")
+        if (self.warmup == "none") != (self.warmup_epochs == 0):
+            raise RecipeError("a warm-up needs both its kind and its length: warmup='gradual', warmup_epochs=5")
+        if self.warmup_epochs > self.epochs:
+            raise RecipeError(
+                f"a warm-up of {self.warmup_epochs:g} epochs is longer than the training of {self.epochs:g}; shorten it"
+            )
+        if self.momentum >= 1:
+            raise RecipeError(f"momentum must be below 1, not {self.momentum!r}")
+        object.__setattr__(self, "milestones", tuple(map(float, self.milestones)))  # as it comes back from JSON
+        if any(not 0 < at <= 1 for at in self.milestones) or list(self.milestones) != sorted(self.milestones):
+            raise RecipeError(f"milestones are parts of the training, in order, as (1/3, 2/3), not {self.milestones}")
+
+    @classmethod
+    def for_ranks(cls, batch_per_rank: int, ranks: int | None = None, **settings: Any) -> Recipe:
+        """The recipe for a batch on every rank; `ranks` is Horovod's world size unless given."""
+        if ranks is None:
+            import horovod.tensorflow as hvd
+
+            hvd.init()
+            ranks = hvd.size()
+        try:
+            batch = whole_number(batch_per_rank, "batch_per_rank") * whole_number(ranks, "ranks")
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+        return cls(batch, **settings)
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate after the warm-up."""
+        return self.base_rate * RULES[self.rule](self.batch / self.base_batch)
+
+    def steps_per_epoch(self, samples: int) -> int:
+        """Steps that go once through the data, the last one perhaps with fewer samples; `RecipeError` if none fits."""
+        if self.batch > samples:
+            raise RecipeError(f"a batch of {self.batch:,} is larger than the data, {samples:,} samples; reduce it")
+        return -(-samples // self.batch)
+
+    def steps(self, samples: int) -> int:
+        """Steps of the whole training; `RecipeError` if there is none."""
+        if not (steps := round(self.epochs * self.steps_per_epoch(samples))):
+            raise RecipeError(f"{self.epochs:g} epochs of {samples:,} samples are less than a step of {self.batch:,}")
+        return steps
+
+    def rate(self, epoch: float | np.ndarray) -> float | np.ndarray:
+        """The learning rate at a moment of the training, in epochs from its start."""
+        epoch, peak = np.asarray(epoch, float), self.peak_rate
+        if self.decay == "cosine":
+            length = max(self.epochs - self.warmup_epochs, np.finfo(float).tiny)
+            done = np.clip((epoch - self.warmup_epochs) / length, 0, 1)
+            rate = peak * (1 + np.cos(np.pi * done)) / 2
+        else:
+            milestones = np.array(self.milestones if self.decay == "steps" else ()) * self.epochs
+            # a milestone counts from the step that begins at it, whatever rounding does to the step's epoch
+            rate = peak * self.decay_factor ** np.searchsorted(milestones, epoch + 1e-9, "right")
+        if self.warmup != "none":
+            start = self.base_rate if self.warmup_from is None else self.warmup_from
+            part = np.clip(epoch / self.warmup_epochs, 0, 1) if self.warmup == "gradual" else 0.0
+            warming = start + (peak - start) * part
+            rate = np.where(epoch < self.warmup_epochs - 1e-9, warming, rate)
+        return rate if rate.ndim else float(rate)
+
+    def rates(self, samples: int) -> np.ndarray:
+        """The learning rate of each step, float32, shape (steps,)."""
+        at = np.arange(self.steps(samples)) / self.steps_per_epoch(samples)
+        return np.asarray(self.rate(at), np.float32)
+
+    def schedule(self, samples: int) -> keras.optimizers.schedules.LearningRateSchedule:
+        """The same as a Keras schedule, which saves and loads with the optimizer."""
+        from nurion_utils.large_batch.schedules import RecipeSchedule
+
+        return RecipeSchedule(self, samples)
+
+    def make_optimizer(self, samples: int) -> keras.optimizers.Optimizer:
+        """A Keras optimizer that trains by this recipe; for several ranks, put `DistributedOptimizer` around it."""
+        import keras
+
+        from nurion_utils.large_batch.optimizers import LARS, CorrectedSGD, exclude_vectors
+
+        rate = self.schedule(samples)
+        if self.optimizer == "lars":
+            return LARS(rate, self.momentum, weight_decay=self.weight_decay, trust_coefficient=self.trust)
+        if self.optimizer == "lamb":
+            optimizer = keras.optimizers.Lamb(rate, weight_decay=self.weight_decay)
+        else:
+            optimizer = CorrectedSGD(rate, self.momentum, weight_decay=self.weight_decay)
+        return exclude_vectors(optimizer)
+
+    def changed(self, **settings: Any) -> Recipe:
+        """The same recipe with other settings."""
+        return replace(self, **settings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings, as JSON can hold them."""
+        return {**asdict(self), "milestones": list(self.milestones)}

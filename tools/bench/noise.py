@@ -1,0 +1,39 @@
+"""What measuring the gradient-noise scale adds to a training step of two ranks."""
+
+import pandas as pd
+import rank_side
+from blocks import alternate
+from groups import our_ranks
+
+
+def measure(model: str, batch: int, pairs: int = 20, block_s: float = 1.5) -> pd.DataFrame:
+    """Time a training step with the observer ("observed") and without ("plain"); see `blocks.alternate` for the table.
+
+    Parameters
+    ----------
+    model : "mlp" or "cosmoflow_small"
+        Of `nurion_utils.training.models`; the latter for volumes of 32^3.
+    batch : int
+        Samples per rank.
+    """
+    with our_ranks(["observed", "plain"], model, batch, block_s, _prepare) as contenders:
+        return alternate(contenders, pairs)
+
+
+def _prepare(ways: list[str], model: str, batch: int) -> None:
+    import horovod.tensorflow as hvd
+    import keras
+    import tensorflow as tf
+
+    from nurion_utils.large_batch import NoiseScale
+    from nurion_utils.training import DistributedOptimizer, models
+
+    hvd.init()
+    generator = tf.random.Generator.from_seed(hvd.rank())
+    for way in ways:
+        observer = NoiseScale(batch) if way == "observed" else None
+        keras.utils.set_random_seed(0)
+        network = models.cosmoflow_small(32) if model == "cosmoflow_small" else models.mlp()
+        x, y = (generator.normal((batch, *shape[1:])) for shape in (network.input_shape, network.output_shape))
+        optimizer = DistributedOptimizer(keras.optimizers.SGD(1e-4, momentum=0.9), observer=observer)
+        rank_side._steps[way] = rank_side._step(network, optimizer, x, y)
