@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import random
 import signal
 import statistics
@@ -106,6 +107,20 @@ def test_a_lost_rank_is_reported_with_the_files_that_are_missing(tmp_path):
         assert staging.stage(tmp_path / "source", tmp_path / "copy", world.restart()).files == 40
     for name, path in visible(tmp_path / "source").items():
         assert path.read_bytes() == (tmp_path / "copy" / name).read_bytes()
+
+
+def test_a_copier_whose_run_ended_before_it_had_begun_copies_nothing(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/file").write_bytes(b"data")
+    (tmp_path / "copy" / RECORDS).mkdir(parents=True)
+    share = (str(tmp_path / "source"), str(tmp_path / "copy"), scan(str(tmp_path / "source")).files, [])
+    job = pickle.dumps(("copy_share", share, str(tmp_path / "copy")))
+    command = [sys.executable, "-P", "-m", "nurion_utils.staging._worker"]
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for parent, copied in ((ended.pid, False), (os.getpid(), True)):
+        subprocess.run([*command, str(parent)], input=job, stdout=subprocess.DEVNULL, check=True)
+        assert (tmp_path / "copy/file").exists() == copied
 
 
 def test_two_runs_to_one_destination_do_not_mix(tmp_path):

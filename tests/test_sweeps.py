@@ -227,7 +227,6 @@ def test_one_recorded_training_comes_out_the_same_again():
 
 
 def test_steps_to_an_error_are_those_of_the_rate_that_comes_there_first():
-
     rows = [("constant", 32, 0.1, "50 20"), ("constant", 32, 0.2, "30 20"), ("constant", 64, 0.1, "80 70")]
     table = pd.DataFrame(rows, columns=["part", "batch", "rate", "validation_errors"])
     found = experiment.steps_to(table, error=40, samples=320)

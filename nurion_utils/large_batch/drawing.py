@@ -47,7 +47,8 @@ def errors(table: pd.DataFrame, base_error: float | None = None, axis: Axes | No
             axis.errorbar(rows["batch"], rows["mean"], rows["half_interval"], label=method, **settings)
     if base_error is not None:
         axis.axhline(base_error, color="black", lw=0.8)
-        axis.annotate("batch 32", (0.005, base_error), xycoords=("axes fraction", "data"), va="top", fontsize=8)
+        place = {"xycoords": ("axes fraction", "data"), "xytext": (2, -3), "textcoords": "offset points", "fontsize": 8}
+        axis.annotate("error at a batch of 32", (0.25, base_error), va="top", **place)
     _batch_axis(axis, sorted(table["batch"].unique()))
     axis.set(yscale="log", ylabel="test error, %", ylim=(10, 100))
     axis.set_yticks([10, 15, 20, 30, 50, 100], [10, 15, 20, 30, 50, 100])
@@ -100,13 +101,14 @@ def tradeoff(points: pd.DataFrame, curve: pd.DataFrame, critical: float) -> Figu
         axis.loglog(points["batch"], points[name], "o", color="#0072B2", label="measured")
         axis.loglog(curve["batch"], curve[name], color="#0072B2", lw=1, label="fitted")
         axis.axvline(critical, color="black", ls=":", lw=1)
-        words = f" critical batch {critical:,.0f}"
-        place = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "bottom", "rotation": 90, "fontsize": 8}
-        axis.annotate(words, (critical, 0.02 if name == "samples" else 0.45), **place)
+        words = f"critical batch {critical:,.0f}"
+        place = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "bottom", "fontsize": 8}
+        axis.annotate(words, (critical, 1.0), **place)
         _batch_axis(axis, sorted(points["batch"].unique()))
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axis.yaxis.set_major_formatter("{x:,.0f}")
-        axis.set(title=title, ylabel=f"{name} to the target error")
+        axis.set_title(title, pad=16)
+        axis.set(ylabel=f"{name} to the target error")
         axis.legend(frameon=False, fontsize=8, loc="lower left" if name == "steps" else "upper left")
     return figure
 

@@ -183,6 +183,7 @@ def _live(table: Callable[[], pd.DataFrame], show: Callable[[pd.DataFrame], Figu
     if show is None or not somebody_watches():
         yield
         return
+    import matplotlib.pyplot as plt
     from IPython.display import display
 
     handle, over = display("the figure begins with the first results", display_id=True), threading.Event()
@@ -194,6 +195,7 @@ def _live(table: Callable[[], pd.DataFrame], show: Callable[[pd.DataFrame], Figu
             if len(rows := table()) > seen:
                 seen, figure = len(rows), show(rows)
                 handle.update(figure)
+                plt.close(figure)  # or the notebook would show it once more at the end
 
     thread = threading.Thread(target=draw, daemon=True)
     thread.start()
