@@ -15,6 +15,7 @@ from nurion_utils.large_batch import (
     DigitsTask,
     Recipe,
     RecipeError,
+    drawing,
     experiment,
     lanes,
     search,
@@ -232,3 +233,23 @@ def test_steps_to_an_error_are_those_of_the_rate_that_comes_there_first():
     found = experiment.steps_to(table, error=40, samples=320)
     assert found["batch"].tolist() == [32] and found["rate"].tolist() == [0.2]
     assert found["steps"].item() == pytest.approx(10 * 50 / 60)  # of the way from 90 to 30 in the first epoch
+
+
+def test_pictures_say_what_their_axes_are_and_refuse_tables_that_lack_columns():
+    import matplotlib.pyplot as plt
+
+    table = experiment.recorded()
+    report = table[table["part"] == "report"]
+    points = experiment.steps_to(table, error=20)
+    figures = {
+        "batch of all ranks|test error, %": drawing.errors(report, base_error=12.0),
+        "epoch|validation error, %": drawing.courses(report, 2048),
+        "batch of all ranks|steps to the target error": drawing.tradeoff(points, points, 4800.0),
+    }
+    for labels, figure in figures.items():
+        axis = figure.axes[0]
+        assert f"{axis.get_xlabel()}|{axis.get_ylabel()}" == labels
+        plt.close(figure)
+    for draw in (drawing.errors, lambda bare: drawing.courses(bare, 1), lambda bare: drawing.tradeoff(bare, bare, 1.0)):
+        with pytest.raises(ValueError, match="the table needs the columns"):
+            draw(pd.DataFrame({"batch": [1]}))

@@ -163,7 +163,7 @@ theirs.semilogx(curve["batch"], curve["value"], color="#0072B2", marker="o", ms=
 markers = {"fixed": ("#D55E00", "s"), "square root": ("#E69F00", "v"), "linear, no warm-up": ("#56B4E9", "^"), "linear, constant warm-up": ("black", "x")}
 for setting, (colour, marker) in markers.items():
     theirs.plot(8192, goyal.loc[goyal["setting"] == setting, "value"].item(), ls="", color=colour, marker=marker, ms=7, label=setting)
-drawing._batch_axis(theirs, sorted(curve["batch"]))
+drawing.batch_axis(theirs, sorted(curve["batch"]))
 theirs.set(ylabel="top-1 error, %", ylim=(0, 45), title="ImageNet, ResNet-50: published (Goyal et al. 2017)")
 theirs.title.set_fontsize(10)
 theirs.legend(frameon=False, fontsize=8, loc="lower left")

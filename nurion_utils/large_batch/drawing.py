@@ -49,7 +49,7 @@ def errors(table: pd.DataFrame, base_error: float | None = None, axis: Axes | No
         axis.axhline(base_error, color="black", lw=0.8)
         place = {"xycoords": ("axes fraction", "data"), "xytext": (2, -3), "textcoords": "offset points", "fontsize": 8}
         axis.annotate("error at a batch of 32", (0.25, base_error), va="top", **place)
-    _batch_axis(axis, sorted(table["batch"].unique()))
+    batch_axis(axis, sorted(table["batch"].unique()))
     axis.set(yscale="log", ylabel="test error, %", ylim=(10, 100))
     axis.set_yticks([10, 15, 20, 30, 50, 100], [10, 15, 20, 30, 50, 100])
     axis.minorticks_off()
@@ -104,7 +104,7 @@ def tradeoff(points: pd.DataFrame, curve: pd.DataFrame, critical: float) -> Figu
         words = f"critical batch {critical:,.0f}"
         place = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "bottom", "fontsize": 8}
         axis.annotate(words, (critical, 1.0), **place)
-        _batch_axis(axis, sorted(points["batch"].unique()))
+        batch_axis(axis, sorted(points["batch"].unique()))
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axis.yaxis.set_major_formatter("{x:,.0f}")
         axis.set_title(title, pad=16)
@@ -113,7 +113,8 @@ def tradeoff(points: pd.DataFrame, curve: pd.DataFrame, critical: float) -> Figu
     return figure
 
 
-def _batch_axis(axis: Axes, batches: list[int]) -> None:
+def batch_axis(axis: Axes, batches: list[int]) -> None:
+    """A logarithmic axis with these batches as its ticks."""
     axis.set_xscale("log", base=2)
     axis.set_xticks(batches, [f"{batch:,}" for batch in batches], rotation=45)
     axis.minorticks_off()

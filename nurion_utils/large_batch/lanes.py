@@ -98,6 +98,7 @@ def fit(task: Task, recipe: Recipe, seed: int) -> dict[str, Any]:
         epochs=round(recipe.epochs),
         validation_data=(data.x_validation, data.y_validation),
         validation_batch_size=2000,
+        shuffle=False,  # the shard does
         verbose=0,
     )
     test = model.evaluate(data.x_test, data.y_test, batch_size=2000, verbose=0, return_dict=True)
