@@ -215,7 +215,8 @@ def _copy_blocks(
         write_all(descriptor, buffer[:length])
         done += length
         # Not read again here: what it takes of memory is the next block's, not other data's nor the copy's.
-        os.posix_fadvise(source, 0, done, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # advice, which a file system need not take
+            os.posix_fadvise(source, 0, done, os.POSIX_FADV_DONTNEED)
         tell(length)
     if sparse:
         os.ftruncate(descriptor, done)

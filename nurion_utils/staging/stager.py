@@ -86,6 +86,7 @@ def stage(
     name only when it is whole.  Regular files, folders, links within the source, modes and modification times are
     copied; owners, extended attributes and hard links are not.  The manifest with the hashes lies in
     ``.nurion-stage`` at the destination; files that are there already, and on record, are not copied again.
+    Source files over 1 MiB are not kept in the page cache.
 
     Parameters
     ----------
