@@ -218,6 +218,7 @@ def test_the_recorded_rates_lie_inside_their_grids_and_are_those_with_the_smalle
         rows = table[(table["part"] == "tuning") & (table["method"] == method) & (table["batch"] == batch)]
         means = rows.groupby("rate")["validation_error"].mean()
         assert means[rate] == means.min()
+        assert means.index.min() < rate < means.index.max()  # at an end it would be no optimum
 
 
 def test_one_recorded_training_comes_out_the_same_again():

@@ -20,7 +20,7 @@ live_batches: list = [512, 2048]  # batches that are trained here; [512, 1024, 2
 search_batch: int = 8192  # where the rules fail; 4096 takes as long
 search_trials: int = 16  # trainings of the search, 2 seeds each; 60 take 2 minutes more and find a little more
 noise_epochs: int = 3  # of the training in which the noise scale is measured; 10 narrow its error
-full: bool = False  # True: ten seeds, five batches, 60 trials, 10 epochs; about 6 minutes on 2 cores
+full: bool = False  # True: ten seeds, five batches, 60 trials, 10 epochs; an estimated 6 minutes on 2 cores
 
 # %%
 import matplotlib.pyplot as plt

@@ -136,15 +136,16 @@ def work(recipe: Recipe, space: Space, trials: int, seeds: Sequence[int], task: 
             raise optuna.TrialPruned
         return float(np.mean([result["validation_error"][-1] for result in results]))
 
-    def full(study: optuna.Study, trial: Any = None) -> None:
-        tell(trial is not None)
-        ended = study.get_trials(deepcopy=False, states=_ENDED)
-        if len(ended) >= trials:
+    def ended() -> int:
+        return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+
+    def stop_when_full(study: optuna.Study, trial: Any) -> None:
+        tell(1)
+        if ended() >= trials:
             study.stop()
 
-    _ENDED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL)
-    if len(study.get_trials(deepcopy=False, states=_ENDED)) < trials:
-        study.optimize(objective, n_trials=trials, callbacks=[full], catch=(ArithmeticError, RecipeError))
+    if ended() < trials:
+        study.optimize(objective, n_trials=trials, callbacks=[stop_when_full], catch=(ArithmeticError, RecipeError))
 
 
 def _suggest(trial: optuna.Trial, name: str, values: Any) -> Any:
