@@ -7,6 +7,7 @@ inherit the pinning only when they start after it.
 import contextlib
 import ctypes
 import faulthandler
+import io
 import json
 import os
 import signal
@@ -17,9 +18,10 @@ import warnings
 from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 PR_SET_PDEATHSIG = 1
+HOROVOD_ENDED = "Horovod has been shut down"  # all that it tells the ranks that wait, whatever the reason
 
 
 def cores_by_rank(n: int, cores: list[int]) -> list[list[int]]:
@@ -140,6 +142,7 @@ class Failure:
 
     what: str  # "ValueError: no data"
     frames: list[tuple[str, int, str]]  # file, line, function; the notebook has the sources of its cells
+    horovods_log: str = ""  # what rank 0 wrote below Python during the call, if Horovod ended meanwhile
 
 
 def pickle_call(function: Any, args: tuple, timeout_s: Any) -> bytes:
@@ -168,17 +171,30 @@ def call(pickled: bytes) -> list[bytes] | Failure:
     """
     import cloudpickle
 
-    try:
-        function, args = cloudpickle.loads(pickled)
-        result = function(*args)
-    except BaseException as error:  # SystemExit too: a rank that leaves is a failure of the run
-        frames = [(f.filename, f.lineno or 0, f.name) for f in traceback.extract_tb(error.__traceback__)[1:]]
-        return Failure("".join(traceback.format_exception_only(error)).strip(), frames)
+    with end_of_horovods_log() as log:
+        try:
+            function, args = cloudpickle.loads(pickled)
+            result = function(*args)
+        except BaseException as error:  # SystemExit too: a rank that leaves is a failure of the run
+            frames = [(f.filename, f.lineno or 0, f.name) for f in traceback.extract_tb(error.__traceback__)[1:]]
+            what = "".join(traceback.format_exception_only(error)).strip()
+            return Failure(what, frames, log.read().decode(errors="replace") if HOROVOD_ENDED in what else "")
     try:
         return [cloudpickle.dumps(result)]
     except BaseException as error:
         what = f"TypeError: the result cannot be sent back ({error}); return something that can be pickled"
         return Failure(what, [])
+
+
+def end_of_horovods_log() -> BinaryIO:
+    """Where the log of rank 0 goes on: Horovod writes there, and only there, which ranks it has waited for."""
+    try:
+        own = os.readlink("/proc/self/fd/2")
+        log = open(Path(own).with_name("rank0.log"), "rb")  # noqa: SIM115 (the caller closes it)
+    except OSError:
+        return io.BytesIO()
+    log.seek(0, os.SEEK_END)
+    return log
 
 
 def is_complete(path: Path) -> bool:

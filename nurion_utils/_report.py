@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nurion_utils._engine import Failure
+from nurion_utils._engine import HOROVOD_ENDED, Failure
 
 # Lines of stacks and logs that are about how a rank works, not about the reader's code
 MACHINERY = re.compile(
@@ -19,6 +19,8 @@ MACHINERY = re.compile(
     r'|"<string>", line 1 in <module>|^Extension modules|^WARNING: All log messages before absl|^I\d{4} '
 )
 LAST_LINES = 12
+# What Horovod's stall check logs when it gives up; its warnings before lack the last line
+STALL = re.compile(r'Missing ranks:\n((?:\d+!?: \[.*\]\n)+)One or more rank \(marked by "!"\).*? than (\d+) seconds')
 
 
 class RankError(RuntimeError):
@@ -58,20 +60,46 @@ def numbered(ranks: list[int]) -> str:
 
 
 def raised(errors: dict[int, Any], n: int) -> str:
-    """One sentence on who raised what, then the first rank's traceback; `errors` is by rank."""
+    """One sentence on who raised what, or is to blame for it, then a traceback; `errors` is by rank."""
+    # Ranks that Horovod let down are seldom the ones that began it.
+    errors = {rank: error for rank, error in errors.items() if HOROVOD_ENDED not in _what(error)} or errors
     rank, error = next(iter(errors.items()))
     others = f" (and so did {numbered([r for r in errors if r != rank])})" if len(errors) > 1 else ""
+    what = _what(error)
     if isinstance(error, Failure):
-        what = error.what
         frames = [
             traceback.FrameSummary(cell_name(file), line, name, line=linecache.getline(file, line))
             for file, line, name in error.frames
         ]
         trace = "".join(traceback.StackSummary.from_list(frames).format()) + what
-    else:  # of ipyparallel: a %%px cell raised, or could not be run
-        what = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
+    else:
         trace = getattr(error, "traceback", what)
-    return f"rank {rank} of {n} raised {what}{others}\n--- traceback of rank {rank} ---\n{trace}"
+    story = _stalled(errors) or f"rank {rank} of {n} raised {what}{others}"
+    return f"{story}\n--- traceback of rank {rank} ---\n{trace}"
+
+
+def _what(error: Any) -> str:
+    if isinstance(error, Failure):
+        return error.what
+    # of ipyparallel: a %%px cell raised, or could not be run
+    return f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
+
+
+def _stalled(errors: dict[int, Any]) -> str:
+    """One sentence on the ranks that Horovod has waited for in vain, if that is why it ended."""
+    found = [stall for error in errors.values() for stall in STALL.findall(getattr(error, "horovods_log", ""))]
+    if not found:
+        return ""
+    lines, wait_s = found[-1]
+    ranks_by_tensors: dict[str, list[int]] = {}
+    for rank, tensors in re.findall(r"(\d+)!: \[(.*)\]\n", lines):
+        first, *more = tensors.split(", ")
+        ranks_by_tensors.setdefault(f"{first!r}{' and others' * bool(more)}", []).append(int(rank))
+    missing = ", and ".join(f"{numbered(ranks)} never submitted tensor {t}" for t, ranks in ranks_by_tensors.items())
+    return (
+        f"{missing}, for which other ranks waited over {wait_s} s: every rank must call the same collectives equally "
+        "often (start Horovod anew with hvd.shutdown() and hvd.init() on all ranks)"
+    )
 
 
 def ended(names: list[str], directory: Path) -> str:

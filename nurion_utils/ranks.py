@@ -57,7 +57,9 @@ def start(n: int, site: str = "local", env: dict[str, str] | None = None, cores_
     site
         Name of a description in ``nurion_utils/sites``.
     env
-        Environment variables for the ranks, on top of the defaults of `rank_environment`.
+        Environment variables for the ranks, on top of the defaults of `rank_environment`. Horovod waits for ever for
+        a rank that leaves out a collective; with ``{"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "60"}`` an error names it
+        within two minutes (for less than 60 s, set ``HOROVOD_STALL_CHECK_TIME_SECONDS`` as low).
     cores_per_rank
         Cores of each rank's own; by default an equal share of all. Fewer let a small world stand for a part of
         a larger one, as measuring scaling needs.

@@ -33,6 +33,21 @@ PATCHES = [
         "add_subdirectory(third_party/gloo)",
         "add_subdirectory(third_party/gloo EXCLUDE_FROM_ALL)",
     ),
+    # Gloo would use the network that the host's name stands for, whatever HOROVOD_GLOO_IFACE says.
+    (
+        "horovod/common/gloo/gloo_context.cc",
+        "gloo_iface_;\n  device_attr.ai_family = AF_UNSPEC;\n  auto dev = CreateDevice(device_attr);\n\n  global_ctx",
+        "global_context.gloo_iface_;\n  device_attr.ai_family = AF_UNSPEC;\n  auto dev = CreateDevice(device_attr);\n\n"
+        "  global_ctx",
+    ),
+    # Started a second time in a process, with HOROVOD_CYCLE_TIME or HOROVOD_FUSION_THRESHOLD set the first time,
+    # Horovod would write its default for the one into the place of the other, or beyond the end of the array.
+    (
+        "horovod/common/parameter_manager.cc",
+        "  } else {\n    Eigen::VectorXd v = TunableParameter::BestValue();\n    v[index_",
+        "  } else if (fixed_values_.count(variable) == 0) {\n    Eigen::VectorXd v = TunableParameter::BestValue();\n"
+        "    v[index_",
+    ),
     # Debug symbols make the wheel 15 times larger; Horovod optimises both kinds of build alike (-O3).
     ("setup.py", "else 'RelWithDebInfo'", "else 'Release'"),
 ]

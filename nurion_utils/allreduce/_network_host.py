@@ -97,6 +97,7 @@ def start(ranks: int, rate_mbit: float, resources: contextlib.ExitStack) -> tupl
         "PATH": os.pathsep.join([f"{sys.prefix}/bin", os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]),
         "UCX_TLS": "tcp,self",  # MPI must take the network, and the one with the slow links
         "UCX_NET_DEVICES": "eth0",
+        "HOROVOD_GLOO_IFACE": "eth0",
         # UCX would send a large message in one piece, and with it hold up the word to the partner that it may send too:
         # exchanges of 4 MB and more, recursive doubling's for one, would go one way first and then the other.
         "UCX_RNDV_SCHEME": "am",

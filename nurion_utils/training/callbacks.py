@@ -1,13 +1,19 @@
-"""Callbacks for `fit` on several ranks: start equal, decide alike, and notice when ranks drift apart."""
+"""Callbacks for `fit` on several ranks: start equal, decide alike, and notice when ranks drift apart.
+
+They talk over Horovod; over MPI if it cannot be imported, or if the optimizer has a reducer and nobody has called
+`hvd.init`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
-import horovod.tensorflow as hvd
 import keras
 import numpy as np
-import tensorflow as tf
+
+from nurion_utils.training._communicator import communicator
+from nurion_utils.training.optimizer import _PluggedReduction
 
 
 def broadcast_model(model: keras.Model, root: int = 0) -> None:
@@ -33,13 +39,15 @@ def broadcast_model(model: keras.Model, root: int = 0) -> None:
             "Before its variables can be broadcast, the model must be compiled, and built: begin it with "
             "keras.Input(shape), or call model.build(shape)."
         )
-    _start_horovod(root)
+    ranks = _ranks_of(model)
+    if not 0 <= root < ranks.size:
+        raise ValueError(f"root must be a rank from 0 to {ranks.size - 1}, not {root}.")
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     variables = [*model.weights, *model.optimizer.variables]
-    # Horovod would wait for ever for the variables that a rank does not have.
+    # The others would wait for ever for the variables that a rank does not have.
     outline = repr([(tuple(v.shape), v.dtype) for v in variables])
-    outlines = hvd.allgather(tf.constant([[len(variables), _digest(outline.encode())]])).numpy()
+    outlines = np.array(ranks.allgather((len(variables), _digest(outline.encode()))))
     differing = np.flatnonzero((outlines != outlines[root]).any(axis=1)).tolist()
     if differing:
         raise ValueError(
@@ -47,7 +55,7 @@ def broadcast_model(model: keras.Model, root: int = 0) -> None:
             f"{outlines[differing[0], 0]} variables and that of rank {root} has {outlines[root, 0]}, or shapes differ."
         )
     for variable in variables:
-        variable.assign(_broadcast(variable, root))
+        variable.assign(_broadcast(ranks, variable, root))
 
 
 class BroadcastCallback(keras.callbacks.Callback):
@@ -95,12 +103,12 @@ class MetricAverageCallback(keras.callbacks.Callback):
         self.val_samples = val_samples
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        _start_horovod()
-        everyones = hvd.allgather_object((logs, self.samples, self.val_samples))
+        ranks = _ranks_of(self.model)
+        everyones = ranks.allgather((logs, self.samples, self.val_samples))
         names = sorted(logs)
         for rank, (metrics, *_) in enumerate(everyones):
             if sorted(metrics) != names:
-                raise ValueError(f"Rank {rank} reports {sorted(metrics)}, rank {hvd.rank()} reports {names}.")
+                raise ValueError(f"Rank {rank} reports {sorted(metrics)}, rank {ranks.rank} reports {names}.")
         weights = np.array([numbers for _, *numbers in everyones], float)
         if not (weights.sum(axis=0) > 0).all() or (weights < 0).any():
             raise ValueError(f"The numbers of samples must be positive, not {weights.tolist()} by rank.")
@@ -151,19 +159,18 @@ class SyncCheckCallback(keras.callbacks.Callback):
             self._check(f"after epoch {epoch + 1}")
 
     def _check(self, when: str) -> None:
-        _start_horovod()
+        ranks = _ranks_of(self.model)
         variables = [*self.model.trainable_variables, *_optimizer_variables(self.model.optimizer)]
-        mine = np.array([[_digest(keras.ops.convert_to_numpy(v).tobytes()) for v in variables]])
-        digests = hvd.allgather(tf.constant(mine)).numpy()
+        digests = np.array(ranks.allgather([_digest(keras.ops.convert_to_numpy(v).tobytes()) for v in variables]))
         for index in np.flatnonzero((digests != digests[0]).any(axis=0)):
             values, first, counts = np.unique(digests[:, index], return_index=True, return_counts=True)
             most = values[counts == counts.max()]
             usual = digests[0, index] if digests[0, index] in most else most[0]
             reference = int(first[values == usual][0])
-            value = tf.cast(_as_tensor(variables[index]), tf.float64)
-            deviation = tf.reduce_max(tf.abs(value - hvd.broadcast(value, reference)))
+            value = keras.ops.convert_to_numpy(variables[index])
+            difference = value.astype(float) - _broadcast(ranks, value, reference).astype(float)
             # NaN compares with nothing, but is a difference
-            deviations = hvd.allgather(tf.reshape(deviation, [1])).numpy()
+            deviations = np.array(ranks.allgather(float(np.abs(difference).max())))
             differing = np.flatnonzero((digests[:, index] != usual) & ~(deviations <= self.tolerance)).tolist()
             if differing:
                 raise RuntimeError(
@@ -174,11 +181,8 @@ class SyncCheckCallback(keras.callbacks.Callback):
                 )
 
 
-def _start_horovod(root: int = 0) -> None:
-    if not hvd.is_initialized():
-        hvd.init()
-    if not 0 <= root < hvd.size():
-        raise ValueError(f"root must be a rank from 0 to {hvd.size() - 1}, not {root}.")
+def _ranks_of(model: keras.Model) -> Any:
+    return communicator(isinstance(getattr(model.optimizer, "_reduction", None), _PluggedReduction))
 
 
 def _optimizer_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
@@ -192,12 +196,7 @@ def _digest(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
-def _as_tensor(variable: keras.Variable) -> tf.Tensor:
-    return tf.convert_to_tensor(variable.value)
-
-
-def _broadcast(variable: keras.Variable, root: int) -> tf.Tensor:
-    value = _as_tensor(variable)
-    if value.dtype == tf.bfloat16:  # which Horovod does not know
-        return tf.cast(hvd.broadcast(tf.cast(value, tf.float32), root), tf.bfloat16)
-    return hvd.broadcast(value, root)
+def _broadcast(ranks: Any, value: keras.Variable | np.ndarray, root: int) -> np.ndarray:
+    copy = np.array(keras.ops.convert_to_numpy(value), order="C")
+    ranks.Bcast(copy.reshape(-1).view(np.uint8), root)  # bytes: neither Horovod nor MPI knows bfloat16
+    return copy

@@ -114,8 +114,8 @@ def mlp(widths: tuple[int, ...] = (64, 128, 128, 10)) -> keras.Model:
     return keras.Sequential([layers.Input(widths[:1]), *hidden, layers.Dense(widths[-1])], name="mlp")
 
 
-def resnet50() -> keras.Model:
-    """ResNet-50 for ImageNet (224 x 224 x 3, 1000 classes) as Keras ships it, untrained."""
+def resnet50(size: int = 224) -> keras.Model:
+    """ResNet-50 for ImageNet's 1000 classes as Keras ships it, untrained, for images of ``size`` x ``size`` x 3."""
     import keras
 
-    return keras.applications.ResNet50(weights=None)
+    return keras.applications.ResNet50(weights=None, input_shape=(size, size, 3))

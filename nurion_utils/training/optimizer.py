@@ -13,18 +13,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import horovod.tensorflow as hvd
 import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from nurion_utils.training._communicator import hvd
+
+AVERAGE = hvd.Average if hvd else None
+UNCOMPRESSED = hvd.Compression.none if hvd else None
+
 
 def DistributedOptimizer(  # noqa: N802 - the name the field knows
     optimizer: keras.optimizers.Optimizer,
     *,
-    op: Any = hvd.Average,
-    compression: Any = hvd.Compression.none,
+    op: Any = AVERAGE,
+    compression: Any = UNCOMPRESSED,
     reducer: Callable[[np.ndarray], None] | None = None,
     observer: Callable[[list, Callable[[list], list], int], list] | None = None,
 ) -> keras.optimizers.Optimizer:
@@ -46,7 +50,7 @@ def DistributedOptimizer(  # noqa: N802 - the name the field knows
     compression : horovod.tensorflow.Compression.none or .fp16, or a class with their two methods
     reducer : callable, optional
         Averages in Horovod's place: it gets all gradients as one flat array (float32, or float64 if one of them
-        is) and must average it over the ranks in place.  Horovod is not initialised then.
+        is) and must average it over the ranks in place.  Horovod is not initialised then, and need not be installed.
     observer : callable, optional
         Sees the gradients before and after, such as `nurion_utils.large_batch.NoiseScale`.  It is called with this
         rank's gradients, with the function that averages such a list, and with how many accumulated batches they
@@ -59,6 +63,8 @@ def DistributedOptimizer(  # noqa: N802 - the name the field knows
 
     Raises
     ------
+    ImportError
+        If Horovod cannot be imported, and there is no `reducer` to do without it.
     TypeError
         If `optimizer` is no Keras 3 optimizer, or is Horovod's own wrapper around one.
     ValueError
@@ -87,6 +93,11 @@ def DistributedOptimizer(  # noqa: N802 - the name the field knows
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(f"DistributedOptimizer takes a Keras 3 optimizer such as Adam(), not {optimizer!r}.")
     if reducer is None:
+        if hvd is None:
+            raise ImportError(
+                "Horovod cannot be imported here: pass reducer=, a function that averages an array over the ranks in "
+                "place, such as one that calls mpi4py's MPI.COMM_WORLD.Allreduce."
+            )
         if op not in (hvd.Average, hvd.Sum, hvd.Adasum, hvd.Min, hvd.Max, hvd.Product):
             raise ValueError(f"op must be one of Horovod's, such as hvd.Average, not {op!r}.")
         if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
@@ -95,7 +106,7 @@ def DistributedOptimizer(  # noqa: N802 - the name the field knows
             hvd.init()
         reduction = _HorovodReduction(op, compression)
     else:
-        if op != hvd.Average or compression is not hvd.Compression.none:
+        if op != AVERAGE or compression is not UNCOMPRESSED:
             raise ValueError("op and compression are Horovod's; with a reducer of your own, leave them out.")
         if not callable(reducer):
             raise TypeError(f"reducer must be a function that averages an array in place, not {reducer!r}.")
@@ -105,7 +116,7 @@ def DistributedOptimizer(  # noqa: N802 - the name the field knows
     if observer is not None:
         if not callable(observer):
             raise TypeError(f"observer must be callable, such as NoiseScale(batch_per_rank=32), not {observer!r}.")
-        if op != hvd.Average or compression is not hvd.Compression.none:
+        if op != AVERAGE or compression is not UNCOMPRESSED:
             raise ValueError("An observer compares gradients with their exact average: leave op and compression out.")
         if isinstance(optimizer.inner_optimizer if scaled else optimizer, keras.optimizers.MultiOptimizer):
             raise ValueError("An observer must see all gradients at once, but a MultiOptimizer divides them.")

@@ -104,6 +104,12 @@ ROWS += [
         "two ranks", "fit", "speed", 3.0, {"batch": 512}),
     Row("sweep_fit_2048", "the same, batch 2048", "sweeps", "two ranks", "fit", "speed", 3.0, {"batch": 2048}),
 ]  # fmt: skip
+ROWS += [
+    Row(f"oneccl_{size}_{memory}", f"Horovod over oneCCL's ring against MPI, 2 ranks, {size} MiB, memory {memory}",
+        "carriers", "oneCCL ring", "MPI", "speed", None, {"size_bytes": size << 20, "keep_memory": memory == "kept"})
+    for size in (4, 64)
+    for memory in ("freed", "kept")
+]  # fmt: skip
 
 
 def summarise(row: Row, blocks: pd.DataFrame) -> dict[str, Any]:

@@ -1,0 +1,572 @@
+# %% [markdown]
+# # Communication backends: who carries Horovod's bytes
+#
+# **Goal:** see what happens between a gradient and the wire, and choose the library, and its settings, that carry it fastest.
+#
+# **You will be able to:** read a Horovod timeline and say which communication a step had to wait for; say what tensor fusion and the cycle time do; compare MPI, Gloo and oneCCL by message size without being misled; predict what a faster library is worth for a whole epoch; set a backend on Nurion; train with Keras 3 where Horovod cannot be built.
+#
+# **Prerequisites:** [Data-parallel training](01_data_parallel_training.ipynb), and [Ring-allreduce](02_ring_allreduce.ipynb) for what an allreduce costs.
+#
+# **Minutes:** 45 to read and run; the cells alone take about 2 on 2 cores
+#
+# ## The result this notebook is about
+#
+# When Nurion was opened to deep learning, its people trained ResNet-50 on dummy images twice: with Horovod as it was, and with Horovod on top of Intel's communication library MLSL. The second needed 1.8 to 2 times less for an epoch. Other models gave other results.
+#
+# MLSL has since become **oneCCL**. The Horovod of this course was built with three libraries that can carry its bytes, and one environment variable chooses between them: **MPI**, **Gloo** (plain TCP sockets) and **oneCCL**. So the experiment can be repeated here, small.
+#
+# **Predict,** and write it down: for a tensor of 4 kB, and for one of 64 MB, how much faster will the best of the three be than the slowest?
+
+# %% tags=["parameters"]
+n_ranks: int = 2  # ranks that are traced and compared; as many as there are cores, at most
+turns: int = 5  # how often each backend gets its turn; 15 narrow the spread
+sizes: list = [4096, 65536, 1048576, 4194304, 16777216, 67108864]  # bytes of the tensors
+image: int = 64  # pixels of ResNet-50's images; 128 takes a minute more, and computes more for the same gradients
+epoch_steps: int = 3  # steps of an epoch
+crowd: int = 4  # ranks that share the cores in the last comparison; 2 to skip it
+lab_rate_mbit: float = 0.0  # 1000.0: ResNet-50 once more across slow links, half a minute; 0 leaves it out
+
+# %%
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from nurion_utils import allreduce, ranks
+from nurion_utils.allreduce import backends, epochs, fusion, timeline
+
+plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
+files = Path(tempfile.mkdtemp())
+world = ranks.start(n_ranks)
+world.client[:]["folder"] = str(files)  # a variable of this name on every rank
+
+# %% [markdown]
+# ## Between the gradient and the wire
+#
+# When TensorFlow has computed a gradient it does not send it. It hands it to Horovod, and goes on. What then happens, on every rank, in a thread of Horovod's own:
+#
+# 1. **Queue.** The tensor waits until the thread wakes up. It does so once per *cycle*, every millisecond unless told otherwise.
+# 2. **Negotiate.** Ranks finish their gradients at different times and in different orders, but an allreduce needs all of them at once. So each tells rank 0 what it has, and rank 0 says what all of them have. (Once everybody has seen a tensor, a bit per tensor does.)
+# 3. **Fuse.** Tensors that became ready in the same cycle are copied into one long buffer.
+# 4. **Wire.** One allreduce of the buffer, by MPI, Gloo or oneCCL. This is the only part that a backend changes.
+# 5. **Unfuse.** The sums are copied back, and TensorFlow hears that they are there.
+#
+# Horovod can write all this down: its **timeline**. To have something to write about, here is a small network of 24 equal layers, with one allreduce per layer. `tf.timestamp` notes when the gradients were begun and when the last one was ready.
+
+# %%
+# %%px --no-stream
+import os
+import time
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+from mpi4py import MPI
+
+from nurion_utils.allreduce import backends
+
+comm = MPI.COMM_WORLD
+tf.random.set_seed(1)
+layers = [tf.Variable(tf.random.normal((192, 192), stddev=0.1)) for _ in range(24)]
+samples = tf.random.normal((256, 192), seed=comm.rank)
+
+
+@tf.function
+def train_step():
+    """One step; when its computing began and ended, in seconds since 1970."""
+    begin = tf.timestamp()
+    with tf.control_dependencies([begin]), tf.GradientTape() as tape:
+        x = samples
+        for weights in layers:
+            x = tf.nn.relu(x @ weights)
+        loss = tf.reduce_mean(x**2)
+    gradients = tape.gradient(loss, layers)
+    with tf.control_dependencies(gradients):
+        end = tf.timestamp()
+    averages = [hvd.allreduce(g, op=hvd.Average, name=f"layer_{i:02d}") for i, g in enumerate(gradients)]
+    for weights, average in zip(layers, averages):
+        weights.assign_sub(0.01 * average)
+    return begin, end
+
+
+def traced(name, steps=6, **settings):
+    """Train with the timeline on; when rank and step were computed. The first steps, which warm up, are left out."""
+    backends.init("MPI", timeline=f"{folder}/{name}.json", **settings)
+    for _ in range(3):
+        train_step()
+    comm.Barrier()
+    rows = []
+    for step in range(steps):
+        begin, end = map(float, train_step())
+        rows.append((comm.rank, step, begin, end - begin))
+    backends.shutdown()
+    return rows
+
+
+computed = traced("fused")
+
+# %% [markdown]
+# `backends.init` starts Horovod with the settings it is given, and ends one that is running. Rank 0 wrote the file:
+
+
+# %%
+def read_trace(name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The timeline of the training steps just traced, and when each rank computed, on the timeline's clock."""
+    table = timeline.read(files / f"{name}.json")
+    rows = sum(world.client[:]["computed"], [])
+    compute = pd.DataFrame(rows, columns=["rank", "step", "start_s", "duration_s"])
+    compute["start_s"] -= table.attrs["epoch_s"]
+    return table, compute
+
+
+fused, compute = read_trace("fused")
+print(f"{len(fused)} spans")
+one_layer = fused[(fused["tensor"] == "layer_20") & (fused["start_s"] > compute["start_s"].min())]
+one_layer.head(6).assign(start_s=one_layer["start_s"].round(5), duration_s=one_layer["duration_s"].round(6))
+
+# %% [markdown]
+# One row per *span*: what happened to which tensor, when, and for how long. `buffer` says which fused buffer the tensor travelled in. `activity` is Horovod's own word, and it names the library: `MPI_ALLREDUCE`. If you ever doubt what your job really runs on, this is where to look.
+#
+# The last three steps as a picture:
+
+# %% alt="A Gantt chart of three training steps. Lanes: when each rank computes, negotiation, and copying into buffers, transfer and copying out of them. Each step shows one long bar of computing per rank; during the second half of it short transfers begin, and the last transfers follow after it."
+first_s = compute[compute["step"] == 3]["start_s"].min()
+figure = timeline.draw(fused, compute, first_s=first_s)
+plt.show()
+
+# %% [markdown]
+# The gradients of the last layers are ready first, so their transfers begin while earlier layers are still being computed. That part of the communication is **hidden**. What comes after the end of the computing is **exposed**: the step waits for it. Only the exposed part costs time, so it is what should be counted:
+
+# %%
+steps_fused = timeline.steps(fused, compute)
+shown = ["step_s", "compute_s", "communication_s", "exposed_s", "negotiation_s"]
+(steps_fused[shown] * 1e3).round(2).rename(columns=lambda name: name.replace("_s", "_ms")).assign(
+    tensors=steps_fused["tensors"], buffers=steps_fused["buffers"]
+)
+
+# %% [markdown]
+# (Hidden is not the same as free. Here a rank has one core, and the thread that communicates takes its time from the thread that computes.)
+#
+# ### Tracing distorts
+#
+# Look at the lanes of the two ranks again: rank 0 computes longer than rank 1, in every step, although both do the same. **Why?** Think before you measure: what does rank 0 do that rank 1 does not?
+
+# %%
+# %%px --no-stream
+def computing_ms(file):
+    """How long this rank computes in a step; median of 20."""
+    backends.init("MPI", timeline=file)
+    times = sorted(float(end) - float(begin) for begin, end in [train_step() for _ in range(23)][3:])
+    backends.shutdown()
+    return 1e3 * times[10]
+
+
+costs = []
+for turn in range(5):
+    costs.append((comm.rank, computing_ms(None), computing_ms(f"{folder}/cost{turn}.json")))
+
+# %%
+cost = pd.DataFrame(sum(world.client[:]["costs"], []), columns=["rank", "timeline off, ms", "timeline on, ms"])
+distortion = cost.groupby("rank").median()
+distortion.assign(ratio=distortion["timeline on, ms"] / distortion["timeline off, ms"]).round(2)
+
+# %% [markdown]
+# It writes the timeline. Horovod's writer is a thread that never sleeps: while it has nothing to write it asks again at once. Where a rank has cores to spare, nobody notices. Where it has one, as here, half of it goes to the writer. So a timeline shows *what* happens and in which order, and must not be used to say how fast a training is.
+#
+# ## Fusion on and off
+#
+# `fusion_bytes=0` switches fusion off: each tensor travels alone. **Predict** how the picture changes.
+
+# %%
+# %%px --no-stream
+computed = traced("unfused", fusion_bytes=0)
+
+# %% alt="The same Gantt chart without fusion: the lanes for copying into and out of buffers are empty, and there are many more and shorter transfers, one per layer."
+unfused, compute_unfused = read_trace("unfused")
+figure = timeline.draw(unfused, compute_unfused, first_s=compute_unfused[compute_unfused["step"] == 3]["start_s"].min())
+plt.show()
+
+# %%
+steps_unfused = timeline.steps(unfused, compute_unfused)
+pd.DataFrame(
+    {
+        name: [table["buffers"].median(), table["tensors_per_buffer"].median(), table["exposed_s"].median() * 1e3]
+        for name, table in (("fused", steps_fused), ("not fused", steps_unfused))
+    },
+    index=["transfers per step", "tensors in each", "exposed, ms"],
+).round(2)
+
+# %% [markdown]
+# No copying any more, but a transfer, with its latency, for each of the 24 layers. With 150 kB per layer it hardly matters which way one goes. With many *small* tensors it does; here are 200 of them, 1.7 MB in all, without any computing, and without the timeline. Besides the longest buffer the **cycle time** is varied: how long Horovod's thread sleeps before it looks for new tensors.
+
+# %%
+settings = [
+    {"fusion_bytes": 0},
+    {"fusion_bytes": 64 << 10},
+    {},  # Horovod's defaults: 128 MiB, 1 ms
+    {"cycle_ms": 0.1},
+    {"cycle_ms": 5.0},
+    {"compression": "fp16"},
+]
+labels = ["no fusion", "64 KiB buffers", "defaults", "cycle 0.1 ms", "cycle 5 ms", "float16"]
+swept = fusion.sweep(world, settings, repeats=turns)
+swept["label"] = [labels[number] for number in swept["setting"]]
+
+# %% alt="Horizontal bars of the time to average 200 small tensors under six settings, with one dot per turn. Longest are the cycle of 5 ms and no fusion; the defaults and the shorter cycle are fastest or close to it."
+medians = swept.groupby("label")["time_s"].median()[labels] * 1e3
+figure, axis = plt.subplots(figsize=(6.4, 2.8), layout="constrained")
+axis.barh(labels, medians, color=["#0072B2" if label == "defaults" else "#BBBBBB" for label in labels], ec="black", lw=0.5)
+axis.plot(swept["time_s"] * 1e3, swept["label"], "k.", ms=4)
+axis.set(xlabel="time to average 200 tensors of 1.7 MB in all, ms")
+axis.invert_yaxis()
+plt.show()
+
+# %% [markdown]
+# - Without fusion every tensor pays the start-up of its own transfer.
+# - A longer cycle collects more tensors for a buffer, and lets everything wait. A shorter one wakes the thread for nothing, and takes time from computing, which this measurement cannot see.
+# - Half as many bytes (`float16`) are of no use where bytes are not what takes the time, and converting costs. On a slow network with large gradients it may pay. Sums in float16 lose digits, and Horovod cannot do them over oneCCL.
+#
+# ### Let Horovod search
+#
+# Horovod can look for a cycle time and a buffer by itself while it trains (`HOROVOD_AUTOTUNE=1`): it tries points, scores each in bytes per time, and guesses where to try next. It searches only for what has not been set, so it gets fresh ranks here.
+
+# %% alt="Left: the score of each point that Horovod's search tried, in the order of the search, with the best one so far as a line. Right: the points in the plane of cycle time and buffer size, larger dots for higher scores; the best have short cycle times."
+with ranks.start(n_ranks, env=fusion.SHORT_SEARCH) as fresh:
+    search = fusion.autotune(fresh)
+figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3), layout="constrained")
+left.plot(search["point"], search["score"], "o", color="#0072B2", label="point")
+left.plot(search["point"], search["score"].cummax(), color="#D55E00", drawstyle="steps-post", label="best so far")
+left.set(xlabel="point of the search", ylabel="score, bytes per µs", ylim=(0, None))
+left.legend(frameon=False, fontsize=8)
+size = 20 + 180 * search["score"] / search["score"].max()
+right.scatter(search["cycle_ms"], search["fusion_mb"], s=size, color="#56B4E9", ec="black", lw=0.5)
+right.set(xlabel="cycle time, ms", ylabel="longest buffer, MiB", title="larger dot: higher score", xlim=(0, 105))
+right.title.set_fontsize(9)
+plt.show()
+
+# %% [markdown]
+# The range that it searches, up to 100 ms and 64 MiB, was made for slower networks and larger models. With these tensors the cycle time decides nearly everything, and it never tries one below 1 ms. Know that it scores *communication*: a setting that steals time from computing looks no worse to it.
+#
+# ## Three libraries, by message size
+#
+# Now the wire itself. `compare_backends` reduces one tensor at a time. The backends take turns; before that, each is asked by way of the timeline what really ran, and every sum is compared with the exact one. Gloo needs processes of its own; MPI and oneCCL take turns in the same ones.
+#
+# `oneCCL ring` is oneCCL with its algorithm set (`CCL_ALLREDUCE=ring`). Why that is needed comes below.
+#
+# How to compare different sizes and numbers of ranks? Every algorithm must move at least $2N(P-1)/P$ bytes through each rank, as the last notebook showed. That, by the time, is the **bus bandwidth**; it is what NVIDIA's nccl-tests report too.
+
+# %%
+names = ["MPI", "Gloo", "oneCCL ring"]
+compared = allreduce.compare_backends(sizes, n_ranks, names, repeats=turns, cycles_ms=(1.0, 0.1))
+for backend, why in compared.groupby("backend")["absent"].first().items():
+    if why:
+        print(f"{backend} is absent: {why}")
+times = compared.pivot_table(index=["cycle_ms", "size_bytes"], columns="backend", values="time_s", aggfunc="median")
+(times * 1e3).round(2).add_suffix(", ms")
+
+# %% [markdown]
+# Look at the small sizes with a cycle of 1 ms first. MPI and oneCCL need the same time for 4 kB and for 256 times as much: one millisecond. That is not the network. It is Horovod's thread, asleep. With a cycle of 0.1 ms the libraries show.
+
+# %% alt="Two panels against message size, logarithmic, with a cycle time of 0.1 ms. Left: time; flat for small sizes, rising for large ones; Gloo is highest throughout, MPI and oneCCL's ring are together up to about a megabyte, then the ring is lower. Right: bus bandwidth, rising with size; oneCCL's ring reaches the most, Gloo the least."
+STYLES = {
+    "MPI": dict(color="#0072B2", marker="o"),
+    "Gloo": dict(color="#009E73", marker="s"),
+    "oneCCL ring": dict(color="#D55E00", marker="^"),
+    "oneCCL": dict(color="#E69F00", marker="v"),
+}
+quick = compared[compared["cycle_ms"] == 0.1].dropna(subset="time_s")
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+for axis, column, label in zip(
+    axes, ["time_s", "bus_bandwidth_gb_per_s"], ["time, s", "bus bandwidth, GB/s"], strict=True
+):
+    for name, rows in quick.groupby("backend"):
+        by_size = rows.groupby("size_bytes")[column].quantile([0, 0.5, 1]).unstack()
+        axis.fill_between(by_size.index, by_size[0.0], by_size[1.0], color=STYLES[name]["color"], alpha=0.15, lw=0)
+        axis.plot(by_size[0.5], label=name, ms=5, lw=1.2, **STYLES[name])
+    axis.set(xscale="log", xlabel="size of the tensor, bytes", ylabel=label)
+axes[0].set_yscale("log")
+axes[0].legend(frameon=False)
+plt.show()
+
+# %%
+speedups = backends.ratios(compared)
+against_mpi = speedups[(speedups["cycle_ms"] == 0.1) & (speedups["backend"] == "oneCCL ring")]
+against_mpi[["size_bytes", "speedup", "low", "high", "least", "most", "turns"]].round(2)
+
+# %% [markdown]
+# How many times as fast as MPI oneCCL's ring is, turn by turn: below a megabyte it loses a little, for large tensors it wins clearly. And Gloo, which sends everything through TCP even between two processes of one machine, is slowest throughout.
+#
+# ### Why oneCCL needs to be told
+#
+# Without `CCL_ALLREDUCE` the result is another one. **Predict** which: oneCCL runs over MPI here (`CCL_ATL_TRANSPORT=mpi`), and in that case its own choice of algorithm is called *direct*. Its manual explains: based on `MPI_Iallreduce`.
+
+# %%
+large = [size for size in sizes if size >= 2**22]
+told = allreduce.compare_backends(large, n_ranks, ["MPI", "oneCCL"], repeats=turns, env=backends.KEEP_MEMORY)
+kept = allreduce.compare_backends(large, n_ranks, ["MPI", "oneCCL ring"], repeats=turns, env=backends.KEEP_MEMORY)
+rows = {
+    "oneCCL, left to itself": backends.ratios(told),
+    "oneCCL ring": backends.ratios(kept),
+    "oneCCL ring, memory not kept": speedups[(speedups["cycle_ms"] == 1.0) & (speedups["backend"] == "oneCCL ring")],
+}
+ratio = {name: table.set_index("size_bytes")["speedup"].reindex(large) for name, table in rows.items()}
+pd.DataFrame(ratio).rename_axis("times as fast as MPI, size in bytes").round(2).T
+
+# %% [markdown]
+# Left to itself oneCCL hands the allreduce on to MPI, and is as fast as MPI. Who benchmarks "oneCCL against MPI" and does not look compares MPI with MPI.
+#
+# The last row is from the comparison above, and larger at 64 MB. Part of that advantage has nothing to do with algorithms. MPICH takes a buffer as long as the message for each allreduce and frees it afterwards; the C library gives such a large piece back to Linux, and Linux clears each page of the next one. oneCCL keeps its buffers. `backends.KEEP_MEMORY`, two settings of the C library, make a process keep freed memory; the first two rows are with it. What remains is the algorithm, and how it is carried out.
+#
+# So there are three questions to ask of any such comparison: what really ran? which clock was it? whose memory?
+#
+# ## An epoch of ResNet-50
+#
+# The founding paper's figure: ResNet-50, dummy data, time of one epoch. Here an epoch has few steps and the images are small, but the network is the real one with its 25.6 million weights: 102 MB of gradients per step, in 161 tensors.
+#
+# **Predict** from the ratios at 64 MB: if the communication gets about twice as fast, does the epoch?
+
+# %%
+resnet = epochs.measure(["MPI", "oneCCL ring"], n_ranks, image=image, steps=epoch_steps, repeats=turns)
+shares = resnet.groupby("backend")[["epoch_s", "communication_s", "communication_share", "images_per_s"]].median()
+shares.round(3)
+
+# %%
+gain = epochs.speedups(resnet).iloc[0]
+share, faster = gain["communication_share"], gain["communication_speedup"]
+predicted = 1 / ((1 - share) + share / faster)
+print(f"communication {faster:.2f} times as fast, {share:.0%} of an epoch over MPI")
+print(f"epoch {gain['speedup']:.2f} times as fast ({gain['low']:.2f} to {gain['high']:.2f}); from share and ratio: {predicted:.2f}")
+
+# %% [markdown]
+# A part $f$ of the epoch is communication. If that part becomes $s$ times as fast, the epoch becomes
+#
+# $$\frac{1}{(1-f) + f/s}$$
+#
+# times as fast (Amdahl's law). So the gain depends on the model: another one with fewer weights per computation has a smaller $f$, and the same library gives it less. That is why "other models gave other results". (What we time as communication also holds Horovod's copying into and out of its buffer, which no library speeds up.)
+
+# %% alt="Left: bars of the speedup of an epoch: measured here for ResNet-50, and, hatched and labelled published, 1.8 to 2 on Nurion and 2.15 by Intel and Amazon. Right: curves of the speedup of an epoch against the share of communication for communication 1.5, 2 and 4 times as fast, with the point measured here and the published band of 1.8 to 2, which only curves of twice as fast or more reach, and only at large shares."
+published = epochs.published().set_index("study")
+figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained", width_ratios=[1, 1.3])
+error = [[gain["speedup"] - gain["low"]], [gain["high"] - gain["speedup"]]]
+left.bar([f"here,\n{n_ranks} ranks"], [gain["speedup"]], yerr=error, color="#D55E00", ec="black", lw=0.6, capsize=4)
+for study, label in (("Nurion", "Nurion,\npublished"), ("Intel and Amazon", "Intel, Amazon,\npublished")):
+    low, high = published.loc[study, ["speedup_low", "speedup_high"]]
+    left.bar([label], [(low + high) / 2], yerr=(high - low) / 2, color="white", hatch="///", ec="black", lw=0.6, capsize=4)
+left.axhline(1, color="black", lw=0.6, ls=":")
+left.set(ylabel="epoch: times as fast as over MPI", ylim=(0, 2.5))
+left.tick_params(axis="x", labelsize=8)
+f = np.linspace(0, 1, 101)
+for s, dashes in ((1.5, ":"), (2, "--"), (4, "-")):
+    right.plot(f, 1 / ((1 - f) + f / s), dashes, color="black", lw=1, label=f"communication {s:g} times as fast")
+right.axhspan(1.8, 2.0, color="#BBBBBB", alpha=0.6, lw=0, label="Nurion, published")
+right.plot(share, gain["speedup"], "^", color="#D55E00", ms=9, label="here")
+right.set(xlabel="share of communication in an epoch over MPI", ylabel="epoch: times as fast", ylim=(0.9, 3))
+right.legend(frameon=False, fontsize=8)
+plt.show()
+
+# %% [markdown]
+# What the right panel says about Nurion: to gain 1.8 or more over a whole epoch, communication must have been *most* of it, and become at least twice as fast. On a KNL node that is plausible: 68 slow cores, of which few can drive the network, and plain MPI on one thread. MLSL put threads and cores aside for communication. The paper does not say how its time was divided, so this is a reading, not a result.
+#
+# With other hardware in between, another ratio comes out, including none at all. On slow links the wire takes so long that it does not matter who feeds it. Set `lab_rate_mbit` to see it on a network of 1000 Mbit/s inside your machine; this is what it gave when this notebook was written:
+#
+# | 2 ranks, links of 1000 Mbit/s, 16 MB | MPI | Gloo | theory |
+# |---|--:|--:|--:|
+# | time of an allreduce, ms | 139 | 209 | 128 |
+
+# %%
+if lab_rate_mbit:
+    try:
+        across = epochs.measure(["MPI", "oneCCL ring", "Gloo"], 2, image=32, steps=1, repeats=3, rate_mbit=lab_rate_mbit)
+        print(across.groupby("backend")[["epoch_s", "communication_share"]].median().round(3))
+    except allreduce.LabError as error:
+        print(str(error).splitlines()[0])
+
+# %% [markdown]
+# ## More ranks than cores
+#
+# oneCCL communicates in a *worker thread* beside Horovod's own, one per rank. **Predict:** with 4 ranks on 2 cores, each core has two ranks, each with a thread that computes, one of Horovod and one of oneCCL. Who loses?
+
+# %%
+if crowd > 2:
+    crowded = allreduce.compare_backends(sizes, crowd, ["MPI", "oneCCL ring"], repeats=turns, cycles_ms=(0.1,))
+    both = pd.concat([against_mpi, backends.ratios(crowded)])
+    print(both.pivot(index="size_bytes", columns="ranks", values="speedup").round(2).add_suffix(" ranks"))
+
+# %% [markdown]
+# For small tensors oneCCL loses, and more than it did with a core per rank: handing the work to another thread and waking the first one again needs turns of a core that others are using. For large tensors its ring still wins here, because there the time goes into moving bytes.
+#
+# The lesson is one of *placement*. Give oneCCL a core per rank that nobody else uses. On two cores there is none to give. On a KNL with 68 there is, and taking one from computing costs 1.5 %.
+#
+# ## Choose and set a backend on Nurion
+#
+# | you have | choose | because |
+# |---|---|---|
+# | one rank per node, large gradients | oneCCL with an algorithm of its own, if a measurement says so | its threads drive the network while yours compute |
+# | many small tensors | MPI, and look at cycle time and fusion first | below a megabyte the library hardly matters |
+# | ranks that share cores | MPI | no thread too many |
+# | no MPI, or ranks that come and go (elastic) | Gloo | it needs TCP only, and survives a lost rank |
+#
+# In a job script, after the modules that the site names:
+
+# %%
+from nurion_utils import sites
+
+nurion = sites.load("nurion")
+nurion.table().loc[lambda table: table["figure"].str.contains("modules"), ["figure", "value", "status", "source"]]
+
+# %% [markdown]
+# ```bash
+# # MPI: Intel MPI and MVAPICH2 share MPICH's binary interface, so the Horovod that was built with MPICH runs on either.
+# export HOROVOD_CPU_OPERATIONS=MPI HOROVOD_CONTROLLER=mpi
+# export MV2_ENABLE_AFFINITY=0      # MVAPICH2 only: do not tie all threads of a rank to one core
+#
+# # oneCCL over that MPI
+# export HOROVOD_CPU_OPERATIONS=CCL CCL_ATL_TRANSPORT=mpi
+# export CCL_ALLREDUCE="rabenseifner:0-1048576;ring:1048577-max"   # never leave it to "direct"
+# export CCL_WORKER_COUNT=1 CCL_WORKER_AFFINITY=67                 # the last core of a KNL node ...
+# export OMP_NUM_THREADS=66                                        # ... which TensorFlow leaves alone; one for Horovod
+#
+# # Gloo: start with horovodrun --gloo, and name the fast network, or the host name decides
+# export HOROVOD_GLOO_IFACE=ib0
+# ```
+#
+# We had no access to Nurion when this was written: the names of modules are from its guide, the settings from the manuals of the libraries, and the combination has not been run there. The thresholds between algorithms are a starting point; `compare_backends` and twenty minutes of a debug queue give you your own. Then train two steps with `HOROVOD_TIMELINE` set, read the file with `timeline.read`, and look at `activity`.
+#
+# One trap: `HOROVOD_CPU_OPERATIONS=GLOO` in a job that was started by `mpiexec` crashes unless `HOROVOD_CONTROLLER=gloo` and the addresses that `horovodrun` would set are there too. `backends.init("Gloo")` sets them.
+#
+# ## Without Horovod
+#
+# Sometimes Horovod cannot be built at all: another compiler, another TensorFlow, no time. All that data-parallel training needs of it is an average, and `mpi4py` has one. The optimizer of [notebook 01](01_data_parallel_training.ipynb) takes any function that averages an array in place:
+
+
+# %%
+def trained(how: str) -> list:
+    """The weights after 20 steps on this rank's share of the digits."""
+    import keras
+    from mpi4py import MPI
+
+    from nurion_utils.training import DistributedOptimizer, Shard, digits, models
+
+    comm = MPI.COMM_WORLD
+
+    def average(array):
+        comm.Allreduce(MPI.IN_PLACE, array)
+        array /= comm.size
+
+    keras.utils.set_random_seed(1)
+    network = models.mlp()
+    sgd = keras.optimizers.SGD(0.05, momentum=0.9)
+    optimizer = DistributedOptimizer(sgd, reducer=average) if how == "mpi4py" else DistributedOptimizer(sgd)
+    x, y, _, _ = digits.load()
+    shard = Shard(len(x), comm.size, comm.rank, batch_size=16, seed=0)
+    network.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    network.fit(shard.dataset(x, y), steps_per_epoch=20, verbose=0)
+    return network.get_weights()
+
+
+by_mpi4py, by_horovod = world.run(trained, "mpi4py"), world.run(trained, "horovod")
+difference = max(abs(a - b).max() for a, b in zip(by_mpi4py[0], by_horovod[0], strict=True))
+between = max(abs(a - b).max() for a, b in zip(by_mpi4py[0], by_mpi4py[1], strict=True))
+print(f"largest difference of a weight from Horovod's: {difference:.0e}; between ranks: {between:.0e}")
+
+# %% [markdown]
+# The same training. Nothing of Horovod is needed on this path, so it works where there is none (the package's tests run it on ranks that cannot import Horovod). What you give up is all of this notebook: no fusion across steps, no overlap, no timeline; one allreduce of one flat array after the last gradient. For networks of a few million weights that is often good enough.
+#
+# ## Exercises
+#
+# **1. Bus bandwidth.** A colleague's allreduce of 100 MB takes 20 ms on 2 ranks, and 35 ms on 64. On which is the network used better? Write the function, in GB/s (10^9 bytes).
+
+# %% tags=["exercise"]
+def bus_bandwidth(size_bytes: float, time_s: float, n_ranks: int) -> float:
+    result = None
+    # --- solution
+    result = 2 * (n_ranks - 1) / n_ranks * size_bytes / time_s / 1e9
+    # --- end solution
+    return result
+
+
+better_used_on = None  # 2 or 64
+# --- solution
+better_used_on = 64  # 5.6 GB/s against 5.0
+# --- end solution
+
+# %% tags=["check"]
+assert bus_bandwidth(1e8, 0.02, 2) is not None, "Nothing is computed yet: put the formula in place of the dots."
+assert abs(bus_bandwidth(1e9, 1.0, 2) - 1) < 1e-9, "Two ranks, 1 GB in 1 s: 2 (P-1)/P is 1, so it should be 1 GB/s."
+assert abs(bus_bandwidth(1e8, 0.035, 64) - 5.625) < 1e-9, "Each of 64 ranks must move 2 * 63/64 of the array."
+assert better_used_on in (2, 64), "Put 2 or 64 in place of the dots."
+assert better_used_on == 64, f"Compare {bus_bandwidth(1e8, 0.02, 2):.2f} with {bus_bandwidth(1e8, 0.035, 64):.2f} GB/s."
+print("Right: the time grew, but so did what had to be moved, nearly twofold.")
+
+# %% [markdown]
+# **2. Who is late?** Four ranks announce twelve tensors; the table has the rows of a timeline in which they say that they are ready. Three ranks wait for one, in most steps for the same. Which one, and for how long does a tensor wait on average, from the first rank that is ready to the last?
+
+# %% tags=["exercise"]
+import numpy as np
+import pandas as pd
+
+random = np.random.default_rng(3)
+ready = pd.DataFrame(
+    [
+        (f"tensor_{i:02d}", "ready", rank, 0.1 * i + 0.001 * random.random() + (0.004 if rank == (2 if i % 4 else 1) else 0))
+        for i in range(12)
+        for rank in range(4)
+    ],
+    columns=["tensor", "phase", "rank", "start_s"],
+)
+late_rank, mean_wait_s = None, None
+# --- solution
+last = ready.loc[ready.groupby("tensor")["start_s"].idxmax()]
+late_rank = int(last["rank"].mode()[0])
+mean_wait_s = float(ready.groupby("tensor")["start_s"].agg(lambda times: times.max() - times.min()).mean())
+# --- end solution
+
+# %% tags=["check"]
+assert late_rank is not None and mean_wait_s is not None, "Put your two answers in place of the dots."
+assert late_rank in range(4), "The ranks are numbered from 0 to 3."
+assert late_rank == 2, "Find the row with the largest start_s of each tensor, and count its ranks."
+assert 0.003 < mean_wait_s < 0.006, "Of each tensor the largest start_s less the smallest; then the mean, in seconds."
+print(f"Right: rank 2, and {mean_wait_s * 1e3:.1f} ms. A faster library would not help: look at what rank 2 does.")
+
+# %% [markdown]
+# **3. What is it worth?** oneCCL makes your communication 1.9 times as fast. How many times as fast is an epoch of which communication is 20 %, and one of which it is 80 %? And which share would give 1.8?
+
+# %% tags=["exercise"]
+at_20_percent, at_80_percent, share_for_1_8 = None, None, None
+# --- solution
+at_20_percent, at_80_percent = 1 / (0.8 + 0.2 / 1.9), 1 / (0.2 + 0.8 / 1.9)
+share_for_1_8 = (1 - 1 / 1.8) / (1 - 1 / 1.9)
+# --- end solution
+
+# %% tags=["check"]
+answers = (at_20_percent, at_80_percent, share_for_1_8)
+assert None not in answers, "Put your three answers in place of the dots."
+assert abs(at_20_percent - 1.105) < 0.01, "80 % stay as they are, 20 % take 1/1.9 of the time: one over the sum."
+assert abs(at_80_percent - 1.610) < 0.01, "20 % stay as they are, 80 % take 1/1.9 of the time: one over the sum."
+assert abs(share_for_1_8 - 0.938) < 0.01, "Solve 1 / ((1 - f) + f / 1.9) = 1.8 for f; it is a number from 0 to 1."
+print("Right: 1.8 over a whole epoch means that it was nearly all communication.")
+
+# %%
+world.stop()
+
+# %%
+import shutil
+
+shutil.rmtree(files)
+assert set(fused.loc[fused["phase"] == "wire", "activity"]) == {"MPI_ALLREDUCE"}
+assert (steps_fused["tensors"] == 24).all() and (steps_unfused["tensors"] == 24).all()
+assert (steps_unfused["tensors_per_buffer"] == 1).all() and steps_fused["buffers"].median() < 24
+assert (steps_fused["exposed_s"] <= steps_fused["communication_s"]).all()
+assert difference < 1e-5 and between == 0
+assert abs(predicted / gain["speedup"] - 1) < 0.5, "share and ratio do not explain the gain of the epoch"
+
+# %% [markdown]
+# ## What to take along
+#
+# - A gradient waits for Horovod's clock, for the other ranks and for its place in a buffer before a library sees it. Small tensors are a matter of clock and buffers, large ones of the library.
+# - Only *exposed* communication costs. The timeline shows it, and distorts while it does.
+# - A comparison of libraries is worth what its questions are: what really ran, by which clock, with whose memory. oneCCL over MPI runs MPI's own allreduce unless you choose an algorithm.
+# - A faster library speeds up an epoch by the share of it that is communication. Twice as fast over all, as on Nurion, needs a model and a machine that do little else.
+#
+# **Next:** [Burst-buffer staging](04_burst_buffer_staging.ipynb), the second wall: input.

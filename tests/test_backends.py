@@ -1,0 +1,214 @@
+"""Horovod over each of its libraries gives the same sums, and what is reported about them is what really ran."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from nurion_utils import allreduce, ranks
+from nurion_utils.allreduce import backends, epochs, fusion
+from nurion_utils.allreduce.backends import Backend, BackendError
+
+DTYPES = ["float32", "float64", "int32", "int64"]
+LENGTHS = [1, 2, 3, 7, 1000, 65_537]  # odd ones too: three ranks cannot cut them into equal parts
+
+
+@pytest.fixture(scope="module")
+def world3():
+    with ranks.start(3) as world:
+        yield world
+
+
+def reduced(backend: str, dtype: str, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """On every rank: what Horovod makes of a random tensor of each length, and the sum that numpy makes."""
+    import horovod.tensorflow as hvd
+    import tensorflow as tf
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    random = np.random.default_rng([seed, comm.rank])
+    backends.init(backend)
+    pairs = []
+    for length in LENGTHS:
+        mine = (random.normal(size=length) * 1000).astype(dtype)
+        # gathered with MPI's pickles: the reference must not come from a reduction
+        total = np.sum(comm.allgather(mine), axis=0, dtype=dtype)
+        pairs.append((hvd.allreduce(tf.constant(mine), op=hvd.Sum, name=f"{dtype}_{length}").numpy(), total))
+    backends.shutdown()
+    return pairs
+
+
+def assert_sums(world: ranks.World, backend: str) -> None:
+    for seed, dtype in enumerate(DTYPES):
+        by_rank = world.run(reduced, backend, dtype, seed, timeout_s=120)
+        for results in zip(*by_rank, strict=True):
+            for got, total in results:
+                assert got.dtype == total.dtype and got.shape == total.shape
+                tolerance = 0 if dtype.startswith("int") else 8 * np.finfo(dtype).eps
+                scale = np.abs(total).max() + 1000
+                assert np.abs(got - total).max() <= tolerance * scale, f"{backend}, {dtype}, {len(total)} elements"
+            assert len({got.tobytes() for got, _ in results}) == 1, f"ranks differ, {backend}, {dtype}"
+
+
+# -- the same sums ------------------------------------------------------------------------------------------------
+
+
+def test_mpi_and_oneccl_in_turn_in_the_same_processes_give_numpys_sums(world3):
+    for backend in ("MPI", "oneCCL ring", "MPI", "oneCCL ring"):
+        assert_sums(world3, backend)
+
+
+def test_gloo_gives_numpys_sums_again_and_again():
+    with ranks.start(3) as world:
+        assert_sums(world, "Gloo")
+        assert_sums(world, "Gloo")
+
+
+# -- which one runs -----------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_ran_over_mpi_refuses_gloo_in_one_sentence(world3):
+    with pytest.raises(ranks.RankError, match="use ranks of their own for Gloo"):
+        world3.run(backends.init, "Gloo")
+
+
+def test_a_process_that_ran_oneccl_refuses_other_settings_of_it(world3):
+    with pytest.raises(ranks.RankError, match="oneCCL reads its settings once"):
+        world3.run(backends.init, "oneCCL")
+
+
+def test_every_backend_is_verified_by_the_timeline_and_all_give_exact_sums():
+    table = allreduce.compare_backends([4, 2**16, 2**20], ranks=2, backends=list(backends.BACKENDS), repeats=2)
+    assert set(table["backend"]) == set(backends.BACKENDS)
+    assert (table["absent"] == "").all() and (table["time_s"] > 0).all()
+    assert len(table) == 4 * 3 * 2
+    np.testing.assert_allclose(table["bus_bandwidth_gb_per_s"], table["size_bytes"] / table["time_s"] * 1e-9)  # P = 2
+
+    compared = backends.ratios(table)
+    assert set(compared["backend"]) == set(backends.BACKENDS) - {"MPI"}
+    assert (compared["turns"] == 2).all()
+    assert (compared["least"] <= compared["speedup"]).all() and (compared["speedup"] <= compared["most"]).all()
+
+
+def test_a_backend_that_is_not_what_runs_is_an_error():
+    @dataclasses.dataclass(frozen=True)
+    class Pretender(Backend):
+        @property
+        def activity(self) -> str:
+            return "CCL_ALLREDUCE"
+
+    with pytest.raises(BackendError, match="carried the tensor with MPI_ALLREDUCE, not with CCL_ALLREDUCE"):
+        allreduce.compare_backends([1024], backends={"pretender": Pretender("MPI")}, repeats=1)
+
+
+def test_a_backend_that_cannot_start_is_reported_absent_with_the_reason_and_the_others_are_measured():
+    broken = Backend("CCL", {"CCL_ATL_TRANSPORT": "no such transport"})
+    table = allreduce.compare_backends([1024, 4096], backends={"MPI": Backend("MPI"), "broken": broken}, repeats=2)
+    absent = table[table["backend"] == "broken"]
+    assert len(absent) == 2 and absent["time_s"].isna().all()
+    assert absent["absent"].str.contains("rank").all()
+    assert table[table["backend"] == "MPI"]["time_s"].notna().sum() == 4
+    assert set(backends.ratios(table)["backend"]) == set()
+
+
+def test_the_build_is_asked_whether_it_has_a_backend(monkeypatch):
+    import sys
+    import types
+
+    bare = types.SimpleNamespace(mpi_built=lambda: True, gloo_built=lambda: True, ccl_built=lambda: 0)
+    monkeypatch.setitem(sys.modules, "horovod.tensorflow", bare)
+    backends.require_built("MPI")
+    with pytest.raises(BackendError, match="built without CCL"):
+        backends.require_built("oneCCL")
+    monkeypatch.setitem(sys.modules, "horovod.tensorflow", None)
+    with pytest.raises(BackendError, match="Horovod cannot be imported here"):
+        backends.require_built("MPI")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"sizes_bytes": [6]}, "multiples of 4 bytes"),
+        ({"sizes_bytes": []}, "a list of lengths"),
+        ({"sizes_bytes": "big"}, "a list of lengths"),
+        ({"backends": ["NCCL"]}, "there is no backend 'NCCL'"),
+        ({"backends": "MPI"}, "a list of names"),
+        ({"backends": {"mine": "CCL"}}, "there is no backend 'CCL'"),
+        ({"ranks": 1}, "ranks must be a whole number from 2"),
+        ({"repeats": 0}, "repeats must be"),
+        ({"cycles_ms": [0]}, "a cycle time in ms must be a number above 0"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_starts(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        allreduce.compare_backends(**{"sizes_bytes": [1024], **arguments})
+
+
+def test_speedups_are_taken_turn_by_turn():
+    times = {"MPI": [4.0, 40.0, 6.0], "other": [2.0, 10.0, 2.0]}
+    rows = [(name, repeat, time_s) for name, each in times.items() for repeat, time_s in enumerate(each)]
+    table = pd.DataFrame(rows, columns=["backend", "repeat", "time_s"]).assign(ranks=2, cycle_ms=1.0, size_bytes=4)
+    (row,) = backends.ratios(table).itertuples()
+    assert (row.backend, row.speedup, row.least, row.most, row.turns) == ("other", 3.0, 2.0, 4.0, 3)
+    with pytest.raises(ValueError, match="no backend 'Gloo', only MPI, other"):
+        backends.ratios(table, of="Gloo")
+
+
+# -- an epoch of ResNet-50 ----------------------------------------------------------------------------------------
+
+
+def test_an_epoch_of_resnet50_says_what_share_of_it_was_communication():
+    table = epochs.measure(["MPI", "oneCCL ring"], image=32, batch=1, steps=1, repeats=2)
+    assert len(table) == 4 and (table["absent"] == "").all()
+    assert table["communication_share"].between(0.01, 0.99).all()
+    np.testing.assert_allclose(table["images_per_s"], 2 / table["epoch_s"])
+    (row,) = epochs.speedups(table).itertuples()
+    assert row.backend == "oneCCL ring" and row.low <= row.speedup <= row.high
+
+
+def test_the_speedup_of_an_epoch_comes_with_the_share_and_the_speedup_of_its_communication():
+    rows = [("MPI", 0, 10.0, 4.0), ("MPI", 1, 10.0, 4.0), ("fast", 0, 8.0, 2.0), ("fast", 1, 8.0, 2.0)]
+    table = pd.DataFrame(rows, columns=["backend", "repeat", "epoch_s", "communication_s"]).assign(image=32)
+    (row,) = epochs.speedups(table).itertuples()
+    assert (row.speedup, row.communication_share, row.communication_speedup) == (1.25, 0.4, 2.0)
+
+
+def test_the_published_speedups_come_with_their_sources():
+    published = epochs.published()
+    assert published["source"].str.len().min() > 20
+    nurion = published.set_index("study").loc["Nurion"]
+    assert (nurion["speedup_low"], nurion["speedup_high"]) == (1.8, 2.0)
+
+
+# -- many small tensors -------------------------------------------------------------------------------------------
+
+
+def test_settings_are_swept_in_turn_on_real_ranks(world2):
+    settings = [{"fusion_bytes": 0}, {}, {"cycle_ms": 5.0}, {"compression": "fp16"}, {"timeline": True}]
+    table = fusion.sweep(world2, settings, shapes=[(64, 64), (64,)] * 5, repeats=2)
+    assert len(table) == 10 and (table["time_s"] > 0).all()
+    assert table.groupby("setting")["repeat"].apply(list).map(sorted).eq([[0, 1]] * 5).all()
+    assert table.groupby("setting")[["fusion_bytes", "cycle_ms"]].first().iloc[1].tolist() == [128 << 20, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "backend", "words"),
+    [
+        ([{"buffer": 1}], "MPI", "a setting is a dictionary with some of fusion_bytes"),
+        ([{"compression": "int8"}], "MPI", "compression must be 'none' or 'fp16'"),
+        ([{"compression": "fp16"}], "oneCCL", "cannot reduce float16 over oneCCL"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_runs(settings, backend, words):
+    with pytest.raises(ValueError, match=words):
+        fusion.sweep(None, settings, backend=backend)
+
+
+def test_horovods_own_search_runs_and_its_log_is_read():
+    with ranks.start(2, env=fusion.SHORT_SEARCH) as world:
+        log = fusion.autotune(world, shapes=[(64, 64)] * 10, steps=100)
+    assert list(log) == ["point", "fusion_mb", "cycle_ms", "score"]
+    assert len(log) >= 5 and (log["score"] > 0).all()
+    assert log["cycle_ms"].between(1, 100).all() and log["fusion_mb"].between(0, 64).all()
+    assert log["fusion_mb"].nunique() > 2

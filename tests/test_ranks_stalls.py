@@ -1,0 +1,153 @@
+"""A rank that leaves out a collective of Horovod is named, once Horovod's stall check is switched on."""
+
+import time
+from collections.abc import Iterator
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from nurion_utils import ranks
+from nurion_utils.ranks import RankError
+
+PATIENCE_S = 20.0  # the longest that a stall may take to surface
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[ranks.World]:
+    """Three ranks whose Horovod looks every second, and gives up after two."""
+    seconds = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "2"}
+    with ranks.start(3, env=seconds) as world:
+        yield world
+
+
+@pytest.fixture
+def world(impatient: ranks.World) -> Iterator[ranks.World]:
+    """Horovod, started anew; after the test the same ranks must still be there and work."""
+    pids = impatient.run(start)
+    yield impatient
+    assert impatient.run(start) == pids
+    assert impatient.run(allreduce, "after") == [3.0] * 3
+
+
+def start() -> int:
+    import os
+
+    import horovod.tensorflow as hvd
+
+    hvd.shutdown()
+    hvd.init()
+    return os.getpid()
+
+
+def rank() -> int:
+    from mpi4py.MPI import COMM_WORLD
+
+    return COMM_WORLD.rank
+
+
+def allreduce(name: str) -> float:
+    """In a graph, where a tensor keeps the name that it is given; eagerly Horovod learns no name."""
+    import horovod.tensorflow as hvd
+
+    return float(tf.function(lambda: hvd.allreduce(tf.ones(3), op=hvd.Sum, name=name))()[0])
+
+
+def failure(world: ranks.World, function, *args) -> str:
+    began = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        world.run(function, *args, timeout_s=60)
+    assert time.monotonic() - began < PATIENCE_S
+    return str(caught.value)
+
+
+SENTENCE = (
+    "{} never submitted tensor {}, for which other ranks waited over 2 s: every rank must call the same collectives "
+    "equally often (start Horovod anew with hvd.shutdown() and hvd.init() on all ranks)"
+)
+
+
+@pytest.mark.parametrize("missing", [0, 1])  # rank 0 is the one that finds out
+def test_a_rank_that_returns_early_is_named_with_the_tensor_and_the_line_where_another_waited(world, missing):
+    def collective(missing):
+        if rank() != missing:
+            allreduce("gradient")
+
+    headline, trace, *where = failure(world, collective, missing).splitlines()
+    assert headline == SENTENCE.format(f"rank {missing}", "'gradient'")
+    assert trace == f"--- traceback of rank {1 - missing} ---"
+    assert where[0].endswith("in collective")
+    assert 'allreduce("gradient")' in where[1]
+
+
+def test_it_is_named_also_for_a_tensor_that_has_travelled_before_and_is_in_horovods_cache(world):
+    def steps():
+        import horovod.tensorflow as hvd
+
+        for step in range(10):
+            if step < 8 or rank() != 2:
+                hvd.allreduce(tf.ones(3))
+
+    assert failure(world, steps).startswith(SENTENCE.format("rank 2", "'HorovodAllreduce'"))
+
+
+def test_training_with_too_few_batches_on_one_rank_is_found_out(world):
+    def fit():
+        from nurion_utils.training import DistributedOptimizer
+
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        model.compile(DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
+        samples = 16 if rank() else 8
+        model.fit(np.ones((samples, 4)), np.ones((samples, 3)), batch_size=4, verbose=0)
+
+    assert failure(world, fit).startswith(SENTENCE.format("rank 0", "'gradients_float32_1of2' and others"))
+
+
+def test_ranks_that_call_collectives_in_different_order_are_all_named(world):
+    def collective():
+        for name in ["left", "right"] if rank() == 1 else ["right", "left"]:
+            allreduce(name)
+
+    names = "rank 1 never submitted tensor 'right', and ranks 0, 2 never submitted tensor 'left', for which"
+    other_way = "ranks 0, 2 never submitted tensor 'left', and rank 1 never submitted tensor 'right', for which"
+    assert failure(world, collective).startswith((names, other_way))
+
+
+def test_a_rank_that_comes_too_late_is_the_one_named_though_it_fails_too(world):
+    def collective():
+        if rank() == 1:
+            time.sleep(4)
+        allreduce("late")
+
+    assert failure(world, collective).startswith(SENTENCE.format("rank 1", "'late'"))
+
+
+def test_the_mistake_of_a_rank_counts_more_than_that_others_waited_for_it(world):
+    def collective():
+        if rank() == 1:
+            time.sleep(3)
+            raise ValueError("no data")
+        allreduce("gradient")
+
+    headline, *_ = failure(world, collective).splitlines()
+    assert headline == "rank 1 of 3 raised ValueError: no data"
+
+
+def test_an_earlier_stall_is_not_blamed_for_a_later_end_of_horovod(world):
+    def stall():
+        if rank() != 1:
+            allreduce("first")
+
+    def leave():
+        import horovod.tensorflow as hvd
+
+        if rank() == 1:
+            hvd.shutdown()
+        allreduce("second")
+
+    assert failure(world, stall).startswith("rank 1 never submitted tensor 'first'")
+    world.run(start)
+    message = failure(world, leave)
+    assert "never submitted" not in message
+    assert "Horovod has" in message
