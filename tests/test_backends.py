@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from nurion_utils import allreduce, ranks
-from nurion_utils.allreduce import backends, epochs, fusion
+from nurion_utils.allreduce import backends, comparing, epochs, fusion
 from nurion_utils.allreduce.backends import Backend, BackendError
 
 DTYPES = ["float32", "float64", "int32", "int64"]
@@ -18,6 +18,15 @@ LENGTHS = [1, 2, 3, 7, 1000, 65_537]  # odd ones too: three ranks cannot cut the
 def world3():
     with ranks.start(3) as world:
         yield world
+
+
+@pytest.fixture(scope="module")
+def permitted() -> None:
+    """Skips what needs a lab where there cannot be one."""
+    try:
+        allreduce.lab(2).close()
+    except allreduce.LabError as refusal:
+        pytest.skip(str(refusal))
 
 
 def reduced(backend: str, dtype: str, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -85,7 +94,7 @@ def test_every_backend_is_verified_by_the_timeline_and_all_give_exact_sums():
     assert len(table) == 4 * 3 * 2
     np.testing.assert_allclose(table["bus_bandwidth_gb_per_s"], table["size_bytes"] / table["time_s"] * 1e-9)  # P = 2
 
-    compared = backends.ratios(table)
+    compared = comparing.ratios(table)
     assert set(compared["backend"]) == set(backends.BACKENDS) - {"MPI"}
     assert (compared["turns"] == 2).all()
     assert (compared["least"] <= compared["speedup"]).all() and (compared["speedup"] <= compared["most"]).all()
@@ -109,7 +118,27 @@ def test_a_backend_that_cannot_start_is_reported_absent_with_the_reason_and_the_
     assert len(absent) == 2 and absent["time_s"].isna().all()
     assert absent["absent"].str.contains("rank").all()
     assert table[table["backend"] == "MPI"]["time_s"].notna().sum() == 4
-    assert set(backends.ratios(table)["backend"]) == set()
+    assert set(comparing.ratios(table)["backend"]) == set()
+
+
+def test_ranks_that_die_in_the_middle_are_replaced_and_the_table_is_complete(tmp_path, monkeypatch):
+    measured = comparing.timed
+
+    def killed_once(backend: Backend, sizes_bytes: list[int], cycle_ms: float) -> list[float]:
+        import os
+        import signal
+
+        from mpi4py import MPI
+
+        if MPI.COMM_WORLD.rank == 1 and not (tmp_path / "killed").exists():
+            (tmp_path / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return measured(backend, sizes_bytes, cycle_ms)
+
+    monkeypatch.setattr(comparing, "timed", killed_once)
+    table = allreduce.compare_backends([1024], backends=["MPI"], repeats=2)
+    assert (tmp_path / "killed").exists()
+    assert len(table) == 2 and (table["time_s"] > 0).all()
 
 
 def test_the_build_is_asked_whether_it_has_a_backend(monkeypatch):
@@ -149,10 +178,17 @@ def test_speedups_are_taken_turn_by_turn():
     times = {"MPI": [4.0, 40.0, 6.0], "other": [2.0, 10.0, 2.0]}
     rows = [(name, repeat, time_s) for name, each in times.items() for repeat, time_s in enumerate(each)]
     table = pd.DataFrame(rows, columns=["backend", "repeat", "time_s"]).assign(ranks=2, cycle_ms=1.0, size_bytes=4)
-    (row,) = backends.ratios(table).itertuples()
+    (row,) = comparing.ratios(table).itertuples()
     assert (row.backend, row.speedup, row.least, row.most, row.turns) == ("other", 3.0, 2.0, 4.0, 3)
     with pytest.raises(ValueError, match="no backend 'Gloo', only MPI, other"):
-        backends.ratios(table, of="Gloo")
+        comparing.ratios(table, of="Gloo")
+
+
+def test_across_a_slow_network_every_backend_takes_the_time_that_the_wire_needs(permitted):
+    table = allreduce.compare_backends([2_000_000], 2, ["MPI", "Gloo", "oneCCL ring"], repeats=2, rate_mbit=200)
+    assert (table["absent"] == "").all() and len(table) == 6
+    wire_s = 8 * 2_000_000 / 200e6
+    assert table["time_s"].between(0.9 * wire_s, 3 * wire_s).all()
 
 
 # -- an epoch of ResNet-50 ----------------------------------------------------------------------------------------
@@ -179,6 +215,20 @@ def test_the_published_speedups_come_with_their_sources():
     assert published["source"].str.len().min() > 20
     nurion = published.set_index("study").loc["Nurion"]
     assert (nurion["speedup_low"], nurion["speedup_high"]) == (1.8, 2.0)
+
+
+# -- recorded -----------------------------------------------------------------------------------------------------
+
+
+def test_the_recordings_are_complete_and_as_the_notebook_reads_them():
+    table = comparing.recorded()
+    turns = table.groupby(["memory", "ranks", "cycle_ms", "size_bytes", "backend"])["repeat"].nunique()
+    assert (turns == turns.iloc[0]).all() and turns.iloc[0] >= 7
+    assert len(turns) == 2 * 2 * 2 * 7 * 5 and table["absent"].isna().all() and (table["time_s"] > 0).all()
+    runs = epochs.recorded()
+    assert set(runs["backend"]) == {"MPI", "Gloo", "oneCCL ring"} and runs["absent"].isna().all()
+    assert set(runs["rate_mbit"].dropna()) == {200, 1000} and set(runs["image"]) == {64, 128}
+    assert runs["source"].str.contains("recorded with horovod").all()
 
 
 # -- many small tensors -------------------------------------------------------------------------------------------

@@ -351,6 +351,11 @@ def test_a_step_without_communication_has_nothing_to_bear(table, compute):
     assert result["step_s"].tolist() == pytest.approx([2e-3, 1e-3])
 
 
+def test_the_bytes_of_a_step_are_unknown_if_those_of_a_tensor_are(table, compute):
+    table.loc[table["tensor"] == "b", "bytes"] = np.nan
+    assert timeline.steps(table, compute)["bytes"].tolist() == pytest.approx([np.nan, 2], nan_ok=True)
+
+
 intervals = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 12)), max_size=8)
 
 
@@ -438,7 +443,8 @@ def test_a_picture_of_a_long_run_has_few_bars(tmp_path):
 
 
 def test_a_picture_has_room_for_16_ranks(table):
-    compute = pd.DataFrame({"rank": range(40), "start_s": 0.0, "duration_s": 1.0})
+    compute = pd.DataFrame({"rank": range(17), "start_s": 0.0, "duration_s": 1.0})
+    assert "rank 15 computes" in lanes(timeline.draw(table, compute[:16]))
     with pytest.raises(ValueError, match="room for 16 ranks"):
         timeline.draw(table, compute)
 

@@ -15,6 +15,8 @@ FIGURES = {
     "volumes.png": ("01_data_parallel_training", "Two slices through"),
     "step.png": ("01_data_parallel_training", "Left: parallel efficiency"),
     "ring.png": ("02_ring_allreduce", "One panel before"),
+    "gantt.png": ("03_communication_backends", "A Gantt chart of three training steps"),
+    "backends.png": ("03_communication_backends", "Two panels against message size"),
     "queues.png": ("04_burst_buffer_staging", "Five panels over time"),
     "errors.png": ("05_large_batch_tuning", "Left: test error against batch"),
     "epochs.png": ("04_burst_buffer_staging", "Time of an epoch against nodes"),

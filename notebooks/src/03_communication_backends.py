@@ -23,8 +23,7 @@ turns: int = 5  # how often each backend gets its turn; 15 narrow the spread
 sizes: list = [4096, 65536, 1048576, 4194304, 16777216, 67108864]  # bytes of the tensors
 image: int = 64  # pixels of ResNet-50's images; 128 takes a minute more, and computes more for the same gradients
 epoch_steps: int = 3  # steps of an epoch
-crowd: int = 4  # ranks that share the cores in the last comparison; 2 to skip it
-lab_rate_mbit: float = 0.0  # 1000.0: ResNet-50 once more across slow links, half a minute; 0 leaves it out
+live: bool = False  # True: measure here also what is shown from recordings, 10 minutes
 
 # %%
 import tempfile
@@ -35,7 +34,7 @@ import numpy as np
 import pandas as pd
 
 from nurion_utils import allreduce, ranks
-from nurion_utils.allreduce import backends, epochs, fusion, timeline
+from nurion_utils.allreduce import comparing, epochs, fusion, recording, timeline
 
 plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
 files = Path(tempfile.mkdtemp())
@@ -68,8 +67,8 @@ from nurion_utils.allreduce import backends
 
 comm = MPI.COMM_WORLD
 tf.random.set_seed(1)
-layers = [tf.Variable(tf.random.normal((192, 192), stddev=0.1)) for _ in range(24)]
-samples = tf.random.normal((256, 192), seed=comm.rank)
+layers = [tf.Variable(tf.random.normal((384, 384), stddev=0.07)) for _ in range(24)]
+samples = tf.random.normal((256, 384), seed=comm.rank)
 
 
 @tf.function
@@ -136,7 +135,7 @@ figure = timeline.draw(fused, compute, first_s=first_s)
 plt.show()
 
 # %% [markdown]
-# The gradients of the last layers are ready first, so their transfers begin while earlier layers are still being computed. That part of the communication is **hidden**. What comes after the end of the computing is **exposed**: the step waits for it. Only the exposed part costs time, so it is what should be counted:
+# The gradient of the last layer, `layer_23`, is ready first, and travels while the others are still being computed: its communication is **hidden**. The rest comes together at the end, in a long buffer. (TensorFlow, with one thread here, follows the chain of layers to its end before it hands the other gradients over.) What happens after the end of the computing is **exposed**: the step waits for it. Only the exposed part costs time, so that is what should be counted:
 
 # %%
 steps_fused = timeline.steps(fused, compute)
@@ -146,33 +145,7 @@ shown = ["step_s", "compute_s", "communication_s", "exposed_s", "negotiation_s"]
 )
 
 # %% [markdown]
-# (Hidden is not the same as free. Here a rank has one core, and the thread that communicates takes its time from the thread that computes.)
-#
-# ### Tracing distorts
-#
-# Look at the lanes of the two ranks again: rank 0 computes longer than rank 1, in every step, although both do the same. **Why?** Think before you measure: what does rank 0 do that rank 1 does not?
-
-# %%
-# %%px --no-stream
-def computing_ms(file):
-    """How long this rank computes in a step; median of 20."""
-    backends.init("MPI", timeline=file)
-    times = sorted(float(end) - float(begin) for begin, end in [train_step() for _ in range(23)][3:])
-    backends.shutdown()
-    return 1e3 * times[10]
-
-
-costs = []
-for turn in range(5):
-    costs.append((comm.rank, computing_ms(None), computing_ms(f"{folder}/cost{turn}.json")))
-
-# %%
-cost = pd.DataFrame(sum(world.client[:]["costs"], []), columns=["rank", "timeline off, ms", "timeline on, ms"])
-distortion = cost.groupby("rank").median()
-distortion.assign(ratio=distortion["timeline on, ms"] / distortion["timeline off, ms"]).round(2)
-
-# %% [markdown]
-# It writes the timeline. Horovod's writer is a thread that never sleeps: while it has nothing to write it asks again at once. Where a rank has cores to spare, nobody notices. Where it has one, as here, half of it goes to the writer. So a timeline shows *what* happens and in which order, and must not be used to say how fast a training is.
+# (Hidden is not the same as free. Here a rank has one core, and the thread that communicates takes its time from the thread that computes. The `DistributedOptimizer` of this course goes the other way: it reduces all gradients as one group, when the last one is there. Nothing is hidden then, and nothing gets in the way of computing.)
 #
 # ## Fusion on and off
 #
@@ -198,7 +171,7 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
-# No copying any more, but a transfer, with its latency, for each of the 24 layers. With 150 kB per layer it hardly matters which way one goes. With many *small* tensors it does; here are 200 of them, 1.7 MB in all, without any computing, and without the timeline. Besides the longest buffer the **cycle time** is varied: how long Horovod's thread sleeps before it looks for new tensors.
+# No copying any more, but a transfer, with its start-up, for each of the 24 layers. With 590 kB per layer it hardly matters which way one goes. With many *small* tensors it does; here are 200 of them, 1.7 MB in all, without any computing. Besides the longest buffer the **cycle time** is varied: how long Horovod's thread sleeps before it looks for new tensors. And the last bar answers a question that you should have had by now: what does *writing* a timeline cost?
 
 # %%
 settings = [
@@ -208,12 +181,13 @@ settings = [
     {"cycle_ms": 0.1},
     {"cycle_ms": 5.0},
     {"compression": "fp16"},
+    {"timeline": True},
 ]
-labels = ["no fusion", "64 KiB buffers", "defaults", "cycle 0.1 ms", "cycle 5 ms", "float16"]
+labels = ["no fusion", "64 KiB buffers", "defaults", "cycle 0.1 ms", "cycle 5 ms", "float16", "timeline on"]
 swept = fusion.sweep(world, settings, repeats=turns)
 swept["label"] = [labels[number] for number in swept["setting"]]
 
-# %% alt="Horizontal bars of the time to average 200 small tensors under six settings, with one dot per turn. Longest are the cycle of 5 ms and no fusion; the defaults and the shorter cycle are fastest or close to it."
+# %% alt="Horizontal bars of the time to average 200 small tensors under seven settings, with one dot per turn. Longest are those with a timeline, with a cycle of 5 ms and without fusion; the defaults and the shorter cycle are fastest or close to it."
 medians = swept.groupby("label")["time_s"].median()[labels] * 1e3
 figure, axis = plt.subplots(figsize=(6.4, 2.8), layout="constrained")
 axis.barh(labels, medians, color=["#0072B2" if label == "defaults" else "#BBBBBB" for label in labels], ec="black", lw=0.5)
@@ -225,6 +199,7 @@ plt.show()
 # %% [markdown]
 # - Without fusion every tensor pays the start-up of its own transfer.
 # - A longer cycle collects more tensors for a buffer, and lets everything wait. A shorter one wakes the thread for nothing, and takes time from computing, which this measurement cannot see.
+# - Tracing distorts. Ten events per tensor must be written, by a thread on rank 0 that never sleeps: while it has nothing to write it asks again at once, on a core that rank 0 wants for itself. So a timeline shows *what* happens and in which order; how fast a training is must be measured without one.
 # - Half as many bytes (`float16`) are of no use where bytes are not what takes the time, and converting costs. On a slow network with large gradients it may pay. Sums in float16 lose digits, and Horovod cannot do them over oneCCL.
 #
 # ### Let Horovod search
@@ -290,7 +265,7 @@ axes[0].legend(frameon=False)
 plt.show()
 
 # %%
-speedups = backends.ratios(compared)
+speedups = comparing.ratios(compared)
 against_mpi = speedups[(speedups["cycle_ms"] == 0.1) & (speedups["backend"] == "oneCCL ring")]
 against_mpi[["size_bytes", "speedup", "low", "high", "least", "most", "turns"]].round(2)
 
@@ -302,21 +277,21 @@ against_mpi[["size_bytes", "speedup", "low", "high", "least", "most", "turns"]].
 # Without `CCL_ALLREDUCE` the result is another one. **Predict** which: oneCCL runs over MPI here (`CCL_ATL_TRANSPORT=mpi`), and in that case its own choice of algorithm is called *direct*. Its manual explains: based on `MPI_Iallreduce`.
 
 # %%
-large = [size for size in sizes if size >= 2**22]
-told = allreduce.compare_backends(large, n_ranks, ["MPI", "oneCCL"], repeats=turns, env=backends.KEEP_MEMORY)
-kept = allreduce.compare_backends(large, n_ranks, ["MPI", "oneCCL ring"], repeats=turns, env=backends.KEEP_MEMORY)
-rows = {
-    "oneCCL, left to itself": backends.ratios(told),
-    "oneCCL ring": backends.ratios(kept),
-    "oneCCL ring, memory not kept": speedups[(speedups["cycle_ms"] == 1.0) & (speedups["backend"] == "oneCCL ring")],
-}
-ratio = {name: table.set_index("size_bytes")["speedup"].reindex(large) for name, table in rows.items()}
-pd.DataFrame(ratio).rename_axis("times as fast as MPI, size in bytes").round(2).T
+recorded = recording.backends() if live else comparing.recorded()
+origin = "measured here" if live else "RECORDED on another day"
+chosen = recorded[(recorded["ranks"] == 2) & (recorded["cycle_ms"] == 0.1) & (recorded["size_bytes"] >= 2**22)]
+ratio = {}
+for memory in ("freed", "kept"):
+    table = comparing.ratios(chosen[chosen["memory"] == memory]).pivot(index="backend", columns="size_bytes", values="speedup")
+    for backend in ("oneCCL", "oneCCL ring"):
+        ratio[backend, memory] = table.loc[backend]
+print(origin)
+pd.DataFrame(ratio).T.round(2).rename_axis(index=["times as fast as MPI", "memory"], columns="bytes")
 
 # %% [markdown]
 # Left to itself oneCCL hands the allreduce on to MPI, and is as fast as MPI. Who benchmarks "oneCCL against MPI" and does not look compares MPI with MPI.
 #
-# The last row is from the comparison above, and larger at 64 MB. Part of that advantage has nothing to do with algorithms. MPICH takes a buffer as long as the message for each allreduce and frees it afterwards; the C library gives such a large piece back to Linux, and Linux clears each page of the next one. oneCCL keeps its buffers. `backends.KEEP_MEMORY`, two settings of the C library, make a process keep freed memory; the first two rows are with it. What remains is the algorithm, and how it is carried out.
+# With its ring it wins, and at 64 MB by more where memory is *freed* than where it is *kept*. That part of the advantage has nothing to do with algorithms. MPICH takes a buffer as long as the message for each allreduce and frees it afterwards; the C library gives such a large piece back to Linux, and Linux clears each page of the next one. oneCCL keeps its buffers. `backends.KEEP_MEMORY`, settings of the C library, make a process keep what it freed, and MPI catches up to that extent. What remains is how the algorithm is carried out: MPICH's own ring, which one can ask for, is no faster than its default here.
 #
 # So there are three questions to ask of any such comparison: what really ran? which clock was it? whose memory?
 #
@@ -368,33 +343,49 @@ plt.show()
 # %% [markdown]
 # What the right panel says about Nurion: to gain 1.8 or more over a whole epoch, communication must have been *most* of it, and become at least twice as fast. On a KNL node that is plausible: 68 slow cores, of which few can drive the network, and plain MPI on one thread. MLSL put threads and cores aside for communication. The paper does not say how its time was divided, so this is a reading, not a result.
 #
-# With other hardware in between, another ratio comes out, including none at all. On slow links the wire takes so long that it does not matter who feeds it. Set `lab_rate_mbit` to see it on a network of 1000 Mbit/s inside your machine; this is what it gave when this notebook was written:
-#
-# | 2 ranks, links of 1000 Mbit/s, 16 MB | MPI | Gloo | theory |
-# |---|--:|--:|--:|
-# | time of an allreduce, ms | 139 | 209 | 128 |
+# With another model or another network in between another ratio comes out, including none at all:
 
 # %%
-if lab_rate_mbit:
-    try:
-        across = epochs.measure(["MPI", "oneCCL ring", "Gloo"], 2, image=32, steps=1, repeats=3, rate_mbit=lab_rate_mbit)
-        print(across.groupby("backend")[["epoch_s", "communication_share"]].median().round(3))
-    except allreduce.LabError as error:
-        print(str(error).splitlines()[0])
+runs = recording.resnet_epochs() if live else epochs.recorded()
+rows = []
+for (image_size, rate), group in runs.groupby(["image", runs["rate_mbit"].fillna(0)]):
+    for row in epochs.speedups(group).itertuples():
+        where = f"links of {rate:g} Mbit/s" if rate else "through memory"
+        rows.append((where, image_size, row.backend, row.communication_share, row.speedup, row.low, row.high))
+columns = ["network", "image", "backend", "share of communication over MPI", "epoch: times as fast as MPI", "low", "high"]
+elsewhere = pd.DataFrame(rows, columns=columns)
+print(origin)
+elsewhere.round(2)
 
 # %% [markdown]
+# (The links are those of the network lab of the last notebook.) Larger images mean more computing for the same gradients, so a smaller share of communication and a smaller gain. On slow links communication is nearly all, and yet nothing is gained: the wire takes the time that its bytes need, whoever feeds it.
+#
 # ## More ranks than cores
 #
-# oneCCL communicates in a *worker thread* beside Horovod's own, one per rank. **Predict:** with 4 ranks on 2 cores, each core has two ranks, each with a thread that computes, one of Horovod and one of oneCCL. Who loses?
+# oneCCL communicates in a *worker thread* of each rank, beside Horovod's own. **Predict:** with 4 ranks on 2 cores, each core has two ranks to serve, each with a thread that computes, one of Horovod and one of oneCCL. What will that cost, and would it be better without the worker (`CCL_WORKER_OFFLOAD=0`)?
 
-# %%
-if crowd > 2:
-    crowded = allreduce.compare_backends(sizes, crowd, ["MPI", "oneCCL ring"], repeats=turns, cycles_ms=(0.1,))
-    both = pd.concat([against_mpi, backends.ratios(crowded)])
-    print(both.pivot(index="size_bytes", columns="ranks", values="speedup").round(2).add_suffix(" ranks"))
+# %% alt="Two panels, two ranks and four ranks on two cores: speed relative to MPI against the size of the tensor, for oneCCL's ring with its worker thread and without. On two ranks without the worker thread the ring is about as fast as MPI for small tensors and with it somewhat slower; both win for large ones. On four ranks the ring with its worker behaves much the same, and without it it is many times slower than MPI."
+quickly = recorded[(recorded["cycle_ms"] == 0.1) & (recorded["memory"] == "freed")]
+worker = comparing.ratios(quickly)
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained", sharey=True)
+LOOKS = {"oneCCL ring": ("with worker thread", "#D55E00", "^", "-"), "oneCCL ring, no worker": ("without", "#0072B2", "o", "--")}
+for axis, n in zip(axes, (2, 4), strict=True):
+    for backend, (label, colour, marker, dashes) in LOOKS.items():
+        rows = worker[(worker["backend"] == backend) & (worker["ranks"] == n)]
+        axis.fill_between(rows["size_bytes"], rows["low"], rows["high"], color=colour, alpha=0.2, lw=0)
+        axis.plot(rows["size_bytes"], rows["speedup"], color=colour, marker=marker, ls=dashes, ms=5, label=label)
+    axis.axhline(1, color="black", lw=0.6, ls=":")
+    axis.set(xscale="log", yscale="log", xlabel="size of the tensor, bytes", title=f"{n} ranks on 2 cores, {origin}")
+    axis.title.set_fontsize(9)
+axes[0].set_ylabel("oneCCL's ring: times as fast as MPI")
+axes[0].set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2], [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2])
+axes[0].legend(frameon=False, title="oneCCL's ring")
+plt.show()
 
 # %% [markdown]
-# For small tensors oneCCL loses, and more than it did with a core per rank: handing the work to another thread and waking the first one again needs turns of a core that others are using. For large tensors its ring still wins here, because there the time goes into moving bytes.
+# With a core per rank, the loss of oneCCL on small tensors is the worker's doing: handing the work to another thread and being woken by it costs some 50 µs, and without the worker it is gone.
+#
+# With two ranks per core the worker is needed. Without it Horovod's own thread drives the communication, and asks for news without ever giving its core away, which is the core that the rank it waits for needs to send anything. With the worker it loses on small tensors as before, and still wins on large ones.
 #
 # The lesson is one of *placement*. Give oneCCL a core per rank that nobody else uses. On two cores there is none to give. On a KNL with 68 there is, and taking one from computing costs 1.5 %.
 #

@@ -24,9 +24,9 @@ _MODULE_OF = {
     "SharedArray": "shared",
     "FatTree": "fabric",
     "lab": "network",
-    "compare_backends": "backends",
+    "compare_backends": "comparing",
     "LabError": "network",
 }
-_MODULES = ["algorithms", "backends", "checking", "drawing", "epochs", "fabric", "fusion", "measuring"]
-_MODULES += ["network", "running", "schedule", "shared", "timeline"]
+_MODULES = ["algorithms", "backends", "checking", "comparing", "drawing", "epochs", "fabric", "fusion"]
+_MODULES += ["measuring", "network", "running", "schedule", "shared", "timeline"]
 __all__, __getattr__, __dir__ = load_on_use(__name__, _MODULES, _MODULE_OF)

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -17,8 +16,8 @@ import numpy as np
 
 from nurion_utils import _data
 from nurion_utils._checks import require_columns, whole_number
-from nurion_utils.allreduce import backends as rooms
-from nurion_utils.allreduce.backends import Backend
+from nurion_utils.allreduce.backends import Backend, init, named, shutdown
+from nurion_utils.allreduce.comparing import Groups
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,20 +73,17 @@ def measure(
     """
     import pandas as pd
 
-    chosen = rooms.named(backends)
+    chosen = named(backends)
     whole_number(ranks, "ranks", 2)
     whole_number(image, "image", 32)
     for value, name in ((batch, "batch"), (steps, "steps"), (repeats, "repeats")):
         whole_number(value, name)
     rows = []
-    with contextlib.ExitStack() as stack:
-        runs, absent = rooms.open_groups(stack, chosen, ranks, env, rate_mbit)
-        for repeat in range(repeats):
-            for turn in range(len(runs)):
-                name = list(runs)[(turn + repeat) % len(runs)]
-                epoch_s, communication_s = runs[name](_epoch, chosen[name], image, batch, steps)[0]
-                rows.append((name, ranks, image, batch, repeat, epoch_s, communication_s, ""))
-        for name, why in absent.items():
+    with Groups(chosen, ranks, env, rate_mbit) as groups:
+        for repeat, name in groups.turns(repeats):
+            epoch_s, communication_s = groups.run(name, _epoch, chosen[name], image, batch, steps)[0]
+            rows.append((name, ranks, image, batch, repeat, epoch_s, communication_s, ""))
+        for name, why in groups.absent.items():
             rows.append((name, ranks, image, batch, -1, np.nan, np.nan, why))
     columns = ["backend", "ranks", "image", "batch_per_rank", "repeat", "epoch_s", "communication_s", "absent"]
     table = pd.DataFrame(rows, columns=columns)
@@ -122,6 +118,11 @@ def speedups(table: pd.DataFrame, of: str = "MPI") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def recorded() -> pd.DataFrame:
+    """What `measure` gave elsewhere: its columns, ``rate_mbit`` (empty without a lab) and ``source``."""
+    return _data.read("resnet_epochs")
+
+
 def published() -> pd.DataFrame:
     """Published speedups of one communication library over another, with sources; ``data/published_backends.csv``."""
     return _data.read("published_backends")
@@ -133,7 +134,7 @@ def _epoch(backend: Backend, image: int, batch: int, steps: int) -> tuple[float,
 
     comm = MPI.COMM_WORLD
     gradients_of, reduce, update, x, y = _trainer(image, batch)
-    rooms.init(backend)
+    init(backend)
     update(reduce(gradients_of(x, y)))  # warms up
     comm.Barrier()
     communication_s, begin_s = 0.0, time.perf_counter()
@@ -144,7 +145,7 @@ def _epoch(backend: Backend, image: int, batch: int, steps: int) -> tuple[float,
         communication_s += time.perf_counter() - computed_s
         update(averages)
     epoch_s = time.perf_counter() - begin_s
-    rooms.shutdown()
+    shutdown()
     return comm.allreduce((epoch_s, communication_s), op=MPI.MAX)
 
 

@@ -67,6 +67,7 @@ SAMPLES = [
 HEAD = "the head of a Horovod timeline"
 CHUNK_BYTES, LONGEST_UNIT_BYTES = 1 << 17, 1 << 16
 
+ALWAYS_SHOWN = ["compute", "negotiate", "fuse", "wire", "unfuse"]  # lanes; others if there is something in them
 MOST_RANKS = 16  # more do not fit a page
 MOST_BARS = 1000  # in a lane; what is closer together than that is drawn as one
 STYLE = {  # colours that all eyes tell apart, hatches for those who print in grey
@@ -195,7 +196,8 @@ def steps(table: pd.DataFrame, compute: pd.DataFrame) -> pd.DataFrame:
         begin, end = _merge(*map(np.concatenate, zip(*kinds, strict=True)))
         n_begun = np.searchsorted(begin, bounds, side="right")
         yet_to_come = np.maximum(np.append(-math.inf, end)[n_begun] - bounds, 0)
-        return np.diff(np.append(0, np.cumsum(end - begin))[n_begun] - yet_to_come)
+        covered_s = np.append(0, np.cumsum(end - begin))[n_begun] - yet_to_come
+        return np.maximum(np.diff(covered_s), 0)  # rounding may go below
 
     compute_s, communication_s, negotiation_s = within_s(computing), within_s(operating), within_s(negotiating)
     busy_s = within_s(computing, operating)
@@ -212,7 +214,7 @@ def steps(table: pd.DataFrame, compute: pd.DataFrame) -> pd.DataFrame:
             "step_s": np.diff(bounds),
             "compute_s": compute_s,
             "communication_s": communication_s,
-            "exposed_s": np.clip(busy_s - compute_s, 0, communication_s),  # rounding may go beyond
+            "exposed_s": np.clip(busy_s - compute_s, 0, communication_s),
             "negotiation_s": negotiation_s,
             "exposed_negotiation_s": np.clip(waiting_s, 0, negotiation_s),
             "tensors": tensors,
@@ -247,19 +249,17 @@ def draw(
     import matplotlib.pyplot as plt
 
     require_columns(table, ["phase", "rank", "start_s", "duration_s", "buffer"])
-    lanes = []  # label, phase, rows
+    computing = []
     if compute is not None:
         require_columns(compute, ["start_s", "duration_s"])
-        by_rank = compute.groupby("rank") if "rank" in compute else [(0, compute)]
-        lanes += [(f"rank {rank} computes", "compute", rows) for rank, rows in by_rank]
+        computing = compute.groupby("rank") if "rank" in compute else [(0, compute)]
     ready = table[table["phase"] == "ready"].groupby("rank")
+    if max(len(computing), len(ready)) > MOST_RANKS:
+        raise ValueError(f"a drawing has room for {MOST_RANKS} ranks; choose the rows of some")
+    lanes = [(f"rank {rank} computes", "compute", rows) for rank, rows in computing]
     lanes += [(f"rank {rank} is ready", "ready", rows) for rank, rows in ready]
     for phase in ("cycle", "negotiate", "queue", "prepare", "fuse", "wire", "unfuse"):
-        rows = table[table["phase"] == phase]
-        if len(rows) or phase in ("negotiate", "fuse", "wire", "unfuse"):
-            lanes.append((phase, phase, rows))
-    if sum(label.startswith("rank") for label, *_ in lanes) > 2 * MOST_RANKS:
-        raise ValueError(f"a drawing has room for {MOST_RANKS} ranks; choose the rows of some")
+        lanes.append((phase, phase, table[table["phase"] == phase]))
 
     spans = [_intervals(rows) for *_, rows in lanes]
     begin, end = (np.concatenate(times) for times in zip(*spans, strict=True))
@@ -268,6 +268,9 @@ def draw(
     if not (first_s < last_s and ((begin <= last_s) & (end >= first_s)).any()):
         raise ValueError(f"there is nothing to draw between {first_s:g} and {last_s:g} s")
 
+    within = [((begin <= last_s) & (end >= first_s)).any() for begin, end in spans]
+    shown = [i for i, (_, phase, _) in enumerate(lanes) if within[i] or phase in ALWAYS_SHOWN]
+    lanes, spans = [lanes[i] for i in shown], [spans[i] for i in shown]
     figure, axis = plt.subplots(figsize=(9, 0.42 * len(lanes) + 0.9), layout="constrained")
     bar_s = (last_s - first_s) / MOST_BARS
     for y, ((_, phase, rows), (begin, end)) in enumerate(zip(lanes, spans, strict=True)):
@@ -282,10 +285,12 @@ def draw(
         axis.broken_barh(bars, (y - 0.35, 0.7), facecolor=colour, hatch=hatch, edgecolor="black", lw=0.3)
         if phase == "wire":
             of_buffer = pd.DataFrame({"begin": begin, "end": end}).groupby(rows["buffer"].to_numpy())
-            for number, span in of_buffer.agg({"begin": "min", "end": "max"}).iterrows():
-                if span["end"] - span["begin"] > 10 * len(str(number)) * bar_s:
+            of_buffer = of_buffer.agg({"begin": "min", "end": "max"}).query("index >= 0 and end - begin > 9 * @bar_s")
+            for number, first, last in of_buffer.itertuples():
+                if last - first > 9 * len(str(number)) * bar_s:
                     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-                    axis.text(span.mean() * 1e3, y, str(number), ha="center", va="center", fontsize=6, bbox=box)
+                    middle_ms = (first + last) / 2 * 1e3
+                    axis.text(middle_ms, y, str(number), ha="center", va="center", fontsize=6, bbox=box)
     axis.set_yticks(range(len(lanes)), [label for label, *_ in lanes])
     axis.set(xlabel="time since the start of the timeline, ms", xlim=(first_s * 1e3, last_s * 1e3))
     axis.set_ylim(len(lanes) - 0.5, -0.5)

@@ -1,0 +1,293 @@
+"""Horovod's allreduce over several backends, measured side by side.
+
+>>> from nurion_utils import allreduce
+>>> table = allreduce.compare_backends([2**22, 2**26], ranks=2)
+>>> allreduce.comparing.ratios(table)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import numpy as np
+
+from nurion_utils import _data, ranks
+from nurion_utils._checks import positive, require_columns, whole_number
+from nurion_utils.allreduce.backends import Backend, BackendError, init, named, shutdown
+from nurion_utils.allreduce.network import Lab, lab
+from nurion_utils.ranks import RankError, World
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+T = TypeVar("T")
+
+BLOCK_S = 0.03  # short allreduces are repeated until a block of them can be timed
+MOST_CALLS = 50
+TIMEOUT_S = 300.0
+
+
+def compare_backends(
+    sizes_bytes: Sequence[int],
+    ranks: int = 2,
+    backends: Sequence[str] | Mapping[str, Backend] = ("MPI", "Gloo", "oneCCL ring"),
+    repeats: int = 7,
+    *,
+    cycles_ms: Sequence[float] = (1.0,),
+    env: Mapping[str, str] | None = None,
+    rate_mbit: float | None = None,
+) -> pd.DataFrame:
+    """Time Horovod's allreduce of one float32 tensor over several backends, which take turns.
+
+    The ranks are started here and ended here; backends that cannot take turns in one process have ranks of their own.
+    While one is measured, Horovod is shut down on the others. Each backend first reduces with Horovod's timeline on,
+    which says what really carried the tensor; the sums are compared with the exact ones.
+
+    Parameters
+    ----------
+    sizes_bytes
+        Lengths of the tensor, multiples of 4.
+    ranks
+        Ranks per backend.
+    backends
+        Names in `BACKENDS`, or backends of your own by name.
+    repeats
+        Turns that each backend gets.
+    cycles_ms
+        Values of Horovod's cycle time; each backend is measured with every one in each turn.
+    env
+        Further environment variables for the ranks, such as `KEEP_MEMORY`.
+    rate_mbit
+        If given, the ranks sit in a network lab (`nurion_utils.allreduce.lab`) with links of that rate.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per observation: ``backend, ranks, cycle_ms, size_bytes, repeat``; ``time_s``, of the slowest rank;
+        ``bus_bandwidth_gb_per_s``, ``2 (P-1)/P * size / time`` as NVIDIA's nccl-tests define it, which a perfect ring
+        keeps constant whatever the number of ranks; ``absent``: why this backend could not be measured (its rows have
+        no time then), else empty.
+
+    Raises
+    ------
+    ValueError
+        An argument is not possible; nothing was started.
+    BackendError
+        Horovod used another operation than the backend stands for, or a sum was wrong.
+    """
+    import pandas as pd
+
+    chosen = named(backends)
+    if isinstance(sizes_bytes, str) or not isinstance(sizes_bytes, Sequence) or not len(sizes_bytes):
+        raise ValueError(f"sizes_bytes must be a list of lengths in bytes, not {sizes_bytes!r}")
+    sizes = [whole_number(size, "a size in bytes", 4) for size in sizes_bytes]
+    if bad := [size for size in sizes if size % 4]:
+        raise ValueError(f"sizes must be multiples of 4 bytes, the length of a float32, not {bad[0]}")
+    whole_number(ranks, "ranks", 2)
+    whole_number(repeats, "repeats")
+    cycles = [positive(cycle, "a cycle time in ms") for cycle in cycles_ms]
+
+    rows = []
+    with Groups(chosen, ranks, env, rate_mbit) as groups:
+        for repeat, name in groups.turns(repeats):
+            for cycle in cycles:
+                times = groups.run(name, timed, chosen[name], sizes, cycle)[0]
+                rows += [(name, ranks, cycle, size, repeat, t, "") for size, t in zip(sizes, times, strict=True)]
+        for name, why in groups.absent.items():
+            rows += [(name, ranks, cycle, size, -1, np.nan, why) for cycle in cycles for size in sizes]
+    columns = ["backend", "ranks", "cycle_ms", "size_bytes", "repeat", "time_s", "absent"]
+    table = pd.DataFrame(rows, columns=columns)
+    table.insert(6, "bus_bandwidth_gb_per_s", 2e-9 * (ranks - 1) / ranks * table["size_bytes"] / table["time_s"])
+    return table
+
+
+def ratios(table: pd.DataFrame, of: str = "MPI") -> pd.DataFrame:
+    """How many times as fast as `of` each backend is: one row per backend, ranks, cycle time and size.
+
+    Parameters
+    ----------
+    table
+        What `compare_backends` returned.
+    of
+        The backend that the others are compared with, turn by turn.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``backend, ranks, cycle_ms, size_bytes, speedup`` (median over the turns), ``low, high`` (quartiles),
+        ``least, most``, ``turns``.
+    """
+    require_columns(table, ["backend", "ranks", "cycle_ms", "size_bytes", "repeat", "time_s"])
+    if of not in set(table["backend"]):
+        raise ValueError(f"the table has no backend {of!r}, only {', '.join(sorted(set(table['backend'])))}")
+    keys = ["ranks", "cycle_ms", "size_bytes"]
+    measured = table.dropna(subset="time_s")
+    base = measured[measured["backend"] == of].set_index([*keys, "repeat"])["time_s"].rename("base_s")
+    pairs = measured[measured["backend"] != of].join(base, [*keys, "repeat"])
+    pairs["speedup"] = pairs["base_s"] / pairs["time_s"]
+    grouped = pairs.groupby(["backend", *keys])["speedup"]
+    return grouped.agg(
+        speedup="median",
+        low=lambda values: values.quantile(0.25),
+        high=lambda values: values.quantile(0.75),
+        least="min",
+        most="max",
+        turns="size",
+    ).reset_index()
+
+
+def recorded() -> pd.DataFrame:
+    """What `compare_backends` measured elsewhere: its columns, ``memory`` ("freed" or "kept") and ``source``."""
+    return _data.read("backends")
+
+
+class Groups:
+    """Ranks on which backends have been proved to run, until the end of a ``with`` statement.
+
+    Backends share ranks where they can take turns in one process. Ranks that die are replaced once.
+
+    Attributes
+    ----------
+    absent : dict of str to str
+        Backends that cannot be run, and why.
+    """
+
+    def __init__(
+        self, backends: Mapping[str, Backend], n_ranks: int, env: Mapping[str, str] | None, rate_mbit: float | None
+    ):
+        self.absent: dict[str, str] = {}
+        self._backends, self._env = backends, dict(env or {})
+        world = partial(ranks.start, n_ranks, env=self._env)
+        self._start = world if rate_mbit is None else partial(lab, n_ranks, rate_mbit)
+        self._stack = contextlib.ExitStack()
+        self._groups: dict[str, World | Lab] = {}  # by name of the backend
+
+    def __enter__(self) -> Self:
+        oneccl = next((backend for backend in self._backends.values() if backend.operations == "CCL"), None)
+        shared: dict[Any, World | Lab] = {}
+        with contextlib.ExitStack() as stack:  # closes what was opened if something raises
+            self._stack = stack
+            for name, backend in self._backends.items():
+                host = oneccl if backend.operations == "MPI" else backend  # in whose processes it runs
+                key = host and (host.operations, *sorted(host.env.items()))
+                if key not in shared:
+                    shared[key] = stack.enter_context(self._start())
+                self._admit(name, shared[key])
+                if name not in self._groups:  # and it may have taken its ranks with it
+                    shared.pop(key)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def turns(self, repeats: int) -> Iterator[tuple[int, str]]:
+        """Repeat and name of who is next: each backend once in every repeat, another one first each time."""
+        names = list(self._groups)
+        for repeat in range(repeats):
+            for turn in range(len(names)):
+                if (name := names[(turn + repeat) % len(names)]) in self._groups:
+                    yield repeat, name
+
+    def run(self, name: str, function: Callable[..., T], *args: Any) -> list[T]:
+        """Run ``function(*args)`` on the ranks of a backend; results in rank order.
+
+        Raises
+        ------
+        RankError
+            The function raised, or the ranks died twice.
+        """
+        try:
+            return self._groups[name].run(function, *args, timeout_s=TIMEOUT_S)
+        except RankError as error:
+            if _is_raised(error):
+                raise
+            self._admit(name, self._stack.enter_context(self._start()))
+            return self._groups[name].run(function, *args, timeout_s=TIMEOUT_S)
+
+    def _admit(self, name: str, group: World | Lab) -> None:
+        """Have the group run the backend from now on, if it does."""
+        backend = self._backends[name]
+        self._groups.pop(name, None)
+        try:
+            found = group.run(_what_runs, backend, self._env, timeout_s=TIMEOUT_S)[0]
+        except RankError as error:
+            if _is_raised(error):
+                raise
+            found = f"absent: {str(error).splitlines()[0]}"
+        if found.startswith("absent: "):
+            self.absent[name] = found.removeprefix("absent: ")
+        elif found != backend.activity:
+            raise BackendError(f"Horovod carried the tensor with {found}, not with {backend.activity}, for {name!r}")
+        else:
+            self._groups[name] = group
+
+
+def _is_raised(error: RankError) -> bool:
+    """Whether the function is to blame, rather than ranks that died or hang."""
+    return " raised " in str(error).splitlines()[0]
+
+
+def _what_runs(backend: Backend, env: dict[str, str]) -> str:
+    """On every rank: the operation that Horovod's timeline names for an allreduce over `backend`."""
+    import horovod.tensorflow as hvd
+    import tensorflow as tf
+    from mpi4py import MPI
+
+    from nurion_utils.allreduce import timeline
+
+    os.environ.update(env)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "timeline.json")
+        try:
+            init(backend, timeline=file)
+            hvd.allreduce(tf.ones(4), op=hvd.Sum, name="what_runs")
+        except Exception as error:
+            return f"absent: {error}"
+        shutdown()
+        rows = timeline.read(file) if MPI.COMM_WORLD.rank == 0 else None
+    found = rows[rows["phase"] == "wire"]["activity"].unique() if rows is not None else []
+    return MPI.COMM_WORLD.bcast(", ".join(sorted(found)))
+
+
+def timed(backend: Backend, sizes_bytes: list[int], cycle_ms: float) -> list[float]:
+    """On every rank: seconds per allreduce of each size, on the slowest rank."""
+    from mpi4py import MPI
+
+    comm, times = MPI.COMM_WORLD, []
+    init(backend, cycle_ms=cycle_ms)
+    for size_bytes in sizes_bytes:
+        reduce, tensor, expected = _tensor(size_bytes, comm.rank, comm.size)
+
+        def block(calls: int) -> float:
+            comm.Barrier()
+            begin_s = time.perf_counter()
+            for _ in range(calls):
+                result = reduce(tensor)  # noqa: B023 - called within this turn of the loop
+            time_s = (time.perf_counter() - begin_s) / calls
+            if not np.array_equal(result, expected):  # noqa: B023
+                raise BackendError(f"{backend} gave a wrong sum of {size_bytes} bytes")  # noqa: B023
+            return comm.allreduce(time_s, op=MPI.MAX)
+
+        block(2)
+        times.append(block(int(np.clip(BLOCK_S / block(1), 1, MOST_CALLS))))
+    shutdown()
+    return times
+
+
+@lru_cache(maxsize=32)
+def _tensor(size_bytes: int, rank: int, n_ranks: int) -> tuple[Callable, Any, np.ndarray]:
+    """An allreduce as a TensorFlow function, this rank's tensor, and the sum: whole numbers, so it is exact."""
+    import horovod.tensorflow as hvd
+    import tensorflow as tf
+
+    numbers = [np.random.default_rng([size_bytes, r]).integers(0, 100, size_bytes // 4) for r in range(n_ranks)]
+    reduce = tf.function(lambda tensor: hvd.allreduce(tensor, op=hvd.Sum, name=f"bytes_{size_bytes}"))
+    return reduce, tf.constant(numbers[rank], tf.float32), sum(numbers).astype(np.float32)

@@ -1,0 +1,55 @@
+"""Record what notebook 03 shows of other numbers of ranks, other memory and other networks.
+
+    python -m nurion_utils.allreduce.recording backends > data/backends.csv
+    python -m nurion_utils.allreduce.recording epochs > data/resnet_epochs.csv
+
+Each takes about six minutes, on a machine with nothing else to do.
+"""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import sys
+
+import pandas as pd
+
+from nurion_utils.allreduce import comparing, epochs
+from nurion_utils.allreduce.backends import BACKENDS, KEEP_MEMORY, Backend
+
+WITHOUT_WORKER = Backend("CCL", {"CCL_ALLREDUCE": "ring", "CCL_WORKER_OFFLOAD": "0"})
+SIZES = [2**12, 2**16, 2**18, 2**20, 2**22, 2**24, 2**26]
+
+
+def backends() -> pd.DataFrame:
+    """All backends, and oneCCL without its worker thread, on 2 and 4 ranks, with memory freed and kept."""
+    contenders = {**BACKENDS, "oneCCL ring, no worker": WITHOUT_WORKER}
+    tables = []
+    for ranks in (2, 4):
+        for memory, env in (("freed", {}), ("kept", KEEP_MEMORY)):
+            table = comparing.compare_backends(SIZES, ranks, contenders, repeats=7, cycles_ms=(1.0, 0.1), env=env)
+            tables.append(table.assign(memory=memory))
+    return pd.concat(tables)
+
+
+def resnet_epochs() -> pd.DataFrame:
+    """ResNet-50 over three backends: two sizes of images in memory, one across links of 1000 and of 200 Mbit/s."""
+    names = ["MPI", "Gloo", "oneCCL ring"]
+    tables = [epochs.measure(names, image=image, steps=4, repeats=7) for image in (64, 128)]
+    for rate_mbit in (1000.0, 200.0):
+        across = epochs.measure(names, image=64, steps=1, repeats=3, rate_mbit=rate_mbit)
+        tables.append(across.assign(rate_mbit=rate_mbit))
+    return pd.concat(tables)
+
+
+def main(what: str) -> None:
+    """Write the table to the standard output."""
+    cores, linux = len(os.sched_getaffinity(0)), ".".join(platform.release().split(".")[:2])
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("horovod", "mpich", "oneccl-devel"))
+    table = {"backends": backends, "epochs": resnet_epochs}[what]()
+    source = f"recorded with {versions} and Linux {linux} on {cores} cores, {datetime.date.today()}"
+    table.assign(source=source).to_csv(sys.stdout, index=False, float_format="%.6g")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
