@@ -449,7 +449,7 @@ print(f"fused      {fused_s * 1e3:.2f} ms (predicted {predicted_ms[1]:.2f})")
 print(f"gain       {one_by_one_s / fused_s:.0f} (predicted {predicted_ms[0] / predicted_ms[1]:.0f})")
 
 # %% [markdown]
-# The times themselves can miss by a factor of two or more where ranks share cores: a burst of 64 small allreduces is another thing for the operating system than the long series of the fit. The gain is what counts. This is *tensor fusion*: Horovod copies tensors that are ready at about the same time into one buffer (64 MB by default) and reduces that. The next notebook watches it do so.
+# The times themselves can miss by a factor of two or more where ranks share cores: a burst of 64 small allreduces is another thing for the operating system than the long series of the fit. The gain is what counts. This is *tensor fusion*: Horovod copies tensors that are ready at about the same time into one buffer (of up to 128 MiB, unless told otherwise) and reduces that. The next notebook watches it do so.
 #
 # ## Train with your own ring
 #
