@@ -11,11 +11,11 @@
 #
 # ## The result this notebook is about
 #
-# When Nurion was opened to deep learning, its people trained ResNet-50 on dummy images twice: with Horovod as it was, and with Horovod on top of Intel's communication library MLSL. The second needed 1.8 to 2 times less for an epoch. Other models gave other results.
+# When Nurion, the supercomputer of this course, was opened to deep learning, KISTI's paper about it compared two trainings of ResNet-50 on dummy images: with Horovod as it was, and with Horovod on top of MLSL, a communication library of Intel's. With MLSL an epoch was 1.8 to 2 times as fast. Other models gave other results.
 #
-# MLSL has since become **oneCCL**. The Horovod of this course was built with three libraries that can carry its bytes, and one environment variable chooses between them: **MPI**, **Gloo** (plain TCP sockets) and **oneCCL**. So the experiment can be repeated here, small.
+# MLSL has since become **oneCCL**. The Horovod of this course was built with three libraries that can carry its bytes, and one environment variable chooses between them: **MPI** (a standard; here it is the library MPICH), **Gloo** (plain TCP sockets) and **oneCCL**. So the experiment can be repeated here, small, with ranks that talk through the memory of one machine.
 #
-# **Predict,** and write it down: for a tensor of 4 kB, and for one of 64 MB, how much faster will the best of the three be than the slowest?
+# **Guess,** and write it down: for a tensor of 4 kB, and for one of 64 MB, how many times as fast as the slowest will the best of the three be? You will know the answer half-way through.
 
 # %% tags=["parameters"]
 n_ranks: int = 2  # ranks that are traced and compared; as many as there are cores, at most
@@ -47,7 +47,7 @@ world.client[:]["folder"] = str(files)  # a variable of this name on every rank
 # When TensorFlow has computed a gradient it does not send it. It hands it to Horovod, and goes on. What then happens, on every rank, in a thread of Horovod's own:
 #
 # 1. **Queue.** The tensor waits until the thread wakes up. It does so once per *cycle*, every millisecond unless told otherwise.
-# 2. **Negotiate.** Ranks finish their gradients at different times and in different orders, but an allreduce needs all of them at once. So each tells rank 0 what it has, and rank 0 says what all of them have. (Once everybody has seen a tensor, a bit per tensor does.)
+# 2. **Negotiate.** Ranks finish their gradients at different times and in different orders, but an allreduce needs all of them at once. So each tells rank 0 what it has, and rank 0 says what all of them have. (After the first step each rank sends only one bit per tensor.)
 # 3. **Fuse.** Tensors that became ready in the same cycle are copied into one long buffer.
 # 4. **Wire.** One allreduce of the buffer, by MPI, Gloo or oneCCL. This is the only part that a backend changes.
 # 5. **Unfuse.** The sums are copied back, and TensorFlow hears that they are there.
@@ -79,10 +79,10 @@ def train_step():
         x = [tf.identity(samples)]
     for weights in layers:
         x.append(tf.nn.relu(x[-1] @ weights))
-    slope = x[-1] / 256
+    slope = x[-1] / 256  # of the loss, half the mean square of the outputs, by the last layer's output
     averages = []
     for i in reversed(range(24)):
-        slope = slope * tf.cast(x[i + 1] > 0, tf.float32)
+        slope = slope * tf.cast(x[i + 1] > 0, tf.float32)  # back through the ReLU
         gradient = tf.matmul(x[i], slope, transpose_a=True)
         averages.append(hvd.allreduce(gradient, op=hvd.Average, name=f"layer_{i:02d}"))
         with tf.control_dependencies([gradient]):  # first this layer's gradient, then on to the layer before
@@ -95,7 +95,7 @@ def train_step():
 
 
 def traced(name, steps=6, **settings):
-    """Train with the timeline on; when rank and step were computed. The first steps, which warm up, are left out."""
+    """Train with the timeline on; when each rank computed each step, less the first three, which warm up."""
     backends.init("MPI", timeline=f"{folder}/{name}.json", **settings)
     for _ in range(3):
         train_step()
@@ -130,43 +130,52 @@ one_layer = fused[(fused["tensor"] == "layer_20") & (fused["start_s"] > compute[
 one_layer.head(6).assign(start_s=one_layer["start_s"].round(5), duration_s=one_layer["duration_s"].round(6))
 
 # %% [markdown]
-# One row per *span*: what happened to which tensor, when, and for how long. `buffer` says which fused buffer the tensor travelled in. `activity` is Horovod's own word, and it names the library: `MPI_ALLREDUCE`. If you ever doubt what your job really runs on, this is where to look.
+# One row per *span*: what happened to which tensor, when, and for how long, as rank 0 saw it. `buffer` is the number of the fused buffer that the tensor travelled in. `rank` is of use only where a rank announces a tensor (phase `ready`, in the first steps of a file). `activity` is Horovod's own word, and it names the library: `MPI_ALLREDUCE`. If you ever doubt what your job really runs on, this is where to look.
 #
-# The last three steps as a picture:
+# The last three steps as a picture. The numbers on the wire are those of the buffers.
 
-# %% alt="A Gantt chart of three training steps. Lanes: when each rank computes, negotiation, and copying into buffers, transfer and copying out of them. Each step shows one long bar of computing per rank; during the second half of it short transfers begin, and the last transfers follow after it."
-first_s = compute[compute["step"] == 3]["start_s"].min()
-figure = timeline.draw(fused, compute, first_s=first_s)
+# %% alt="A Gantt chart of three training steps. Lanes: when each rank computes, negotiation, and copying into buffers, transfer and copying out of them. Each step shows one long bar of computing per rank; towards its end a first transfer begins, which lasts several milliseconds, and a second one follows after the computing."
+first_s, last_s = compute[compute["step"] == 3]["start_s"].min(), (fused["start_s"] + fused["duration_s"]).max()
+figure = timeline.draw(fused, compute, first_s=first_s, last_s=last_s + 0.001)
 plt.show()
 
 # %% [markdown]
-# The gradient of the last layer, `layer_23`, is ready first, and travels while the others are still being computed: communication that is **hidden**. Most of the rest comes together in a long buffer at the end. (TensorFlow has one thread here, and hands a gradient over when it finds time.) What happens after the end of the computing is **exposed**: the step waits for it. Only the exposed part costs time, so that is what should be counted:
+# The gradient of the last layer, `layer_23`, is ready first, and travels while others are still being computed: communication that is **hidden**. Most of the rest comes together in a second buffer at the end. (TensorFlow has one thread here, and hands a gradient over when it finds time.) What goes on after the end of the computing is **exposed**: the step waits for it. Only the exposed part costs time, so that is what should be counted.
+#
+# Why does the first transfer, of one tensor, take longer than the second with 23? Not because of its bytes. A rank has one core here, and the thread that communicates hardly gets it while the other one computes. Hidden is not the same as free.
 
 # %%
 steps_fused = timeline.steps(fused, compute)
-shown = ["step_s", "compute_s", "communication_s", "exposed_s", "negotiation_s"]
-(steps_fused[shown] * 1e3).round(2).rename(columns=lambda name: name.replace("_s", "_ms")).assign(
-    tensors=steps_fused["tensors"], buffers=steps_fused["buffers"]
+in_ms = pd.DataFrame(
+    {
+        "step": steps_fused["step_s"],
+        "computing": steps_fused["compute_s"],
+        "communication": steps_fused["communication_s"],
+        "of it exposed": steps_fused["exposed_s"],
+        "neither": steps_fused["step_s"] - steps_fused["compute_s"] - steps_fused["exposed_s"],
+    }
 )
-
-# %%
 hidden = 1 - steps_fused["exposed_s"].sum() / steps_fused["communication_s"].sum()
 print(f"{hidden:.0%} of the communication was hidden behind computing")
+(in_ms * 1e3).round(2).add_suffix(", ms").assign(tensors=steps_fused["tensors"], buffers=steps_fused["buffers"])
 
 # %% [markdown]
-# (Hidden is not the same as free. Here a rank has one core, and the thread that communicates takes its time from the thread that computes. The `DistributedOptimizer` of this course goes the other way: it reduces all gradients as one group, when the last one is there. Nothing is hidden then, and nothing gets in the way of computing.)
+# One row per step, as rank 0 saw it. *Communication* is the time in which some tensor was being fused, sent or unfused; *neither* is what is left: the update of the weights, negotiating, and waiting for the next cycle. Take the figures as indications only: writing a timeline takes time itself, as you will see.
+#
+# (The `DistributedOptimizer` of this course goes another way: it reduces all gradients as one group, when the last one is there. Nothing is hidden then, and nothing gets in the way of computing.)
 #
 # ## Fusion on and off
 #
-# `fusion_bytes=0` switches fusion off: each tensor travels alone. **Predict** how the picture changes.
+# `fusion_bytes=0` switches fusion off: each tensor travels alone. **Predict** how the picture changes. Here is the end of one step, enlarged.
 
 # %%
 # %%px --no-stream
 computed = traced("unfused", fusion_bytes=0)
 
-# %% alt="The same Gantt chart without fusion: the lanes for copying into and out of buffers are empty, and there are many more and shorter transfers, one per layer."
+# %% alt="The end of one training step without fusion: the lanes for copying into and out of buffers are empty, and one transfer follows the other, one per layer, each with the number of a buffer of its own."
 unfused, compute_unfused = read_trace("unfused")
-figure = timeline.draw(unfused, compute_unfused, first_s=compute_unfused[compute_unfused["step"] == 3]["start_s"].min())
+end_s = compute_unfused[(compute_unfused["step"] == 4) & (compute_unfused["rank"] == 0)].eval("start_s + duration_s").item()
+figure = timeline.draw(unfused, compute_unfused, first_s=end_s - 0.002, last_s=end_s + 0.006)
 plt.show()
 
 # %%
@@ -180,7 +189,7 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
-# No copying any more, but a transfer, with its start-up, for each of the 24 layers. With 590 kB per layer it hardly matters which way one goes. With many *small* tensors it does; here are 200 of them, 1.7 MB in all, without any computing. Besides the longest buffer the **cycle time** is varied: how long Horovod's thread sleeps before it looks for new tensors. And the last bar answers a question that you should have had by now: what does *writing* a timeline cost?
+# No copying any more, but a transfer, with its start-up, for each of the 24 layers. With 590 kB per layer it does not matter much which way one goes: what the start-ups cost, the copying saves. With many *small* tensors it does; here are 200 of them, 1.7 MB in all, without any computing. Besides the longest buffer the **cycle time** is varied: how long Horovod's thread sleeps before it looks for new tensors. And the last bar shows what *writing* a timeline costs.
 
 # %%
 settings = [
@@ -208,12 +217,12 @@ plt.show()
 # %% [markdown]
 # - Without fusion every tensor pays the start-up of its own transfer.
 # - A longer cycle collects more tensors for a buffer, and lets everything wait. A shorter one wakes the thread for nothing, and takes time from computing, which this measurement cannot see.
-# - Tracing distorts. Ten events per tensor must be written, by a thread on rank 0 that never sleeps: while it has nothing to write it asks again at once, on a core that rank 0 wants for itself. So a timeline shows *what* happens and in which order; how fast a training is must be measured without one.
-# - Half as many bytes (`float16`) are of no use where bytes are not what takes the time, and converting costs. On a slow network with large gradients it may pay. Sums in float16 lose digits, and Horovod cannot do them over oneCCL.
+# - Tracing distorts. Each span is two events, so ten or so per tensor must be written, by a thread on rank 0 that never sleeps: while it has nothing to write it asks again at once, on a core that rank 0 wants for itself. So a timeline shows *what* happens and in which order; how fast a training is must be measured without one.
+# - Half as many bytes (`float16`) are of no use where bytes are not what takes the time. On a slow network with large gradients it may pay. Sums in float16 lose digits, and Horovod cannot do them over oneCCL.
 #
 # ### Let Horovod search
 #
-# Horovod can look for a cycle time and a buffer by itself while it trains (`HOROVOD_AUTOTUNE=1`): it tries points, scores each in bytes per time, and guesses where to try next. It searches only for what has not been set, so it gets fresh ranks here.
+# Horovod can look for a cycle time and a buffer by itself while it trains (`HOROVOD_AUTOTUNE=1`): it tries points, scores each in bytes per time, and lets a Bayesian optimiser say where to try next. It searches only for what has not been set, so it gets fresh ranks here, and the same 200 small tensors.
 
 # %% alt="Left: the score of each point that Horovod's search tried, in the order of the search, with the best one so far as a line. Right: the points in the plane of cycle time and buffer size, larger dots for higher scores; the best have short cycle times."
 with ranks.start(n_ranks, env=fusion.SHORT_SEARCH) as fresh:
@@ -228,17 +237,20 @@ right.scatter(search["cycle_ms"], search["fusion_mb"], s=size, color="#56B4E9", 
 right.set(xlabel="cycle time, ms", ylabel="longest buffer, MiB", title="larger dot: higher score", xlim=(0, 105))
 right.title.set_fontsize(9)
 plt.show()
+best = search.loc[search["score"].idxmax()]
+by_default = sum(np.prod(shape) for shape in fusion.SHAPES) * 4 / swept[swept["label"] == "defaults"]["time_s"].median() / 1e6
+print(f"best: cycle {best['cycle_ms']:.1f} ms, {best['fusion_mb']:.0f} MiB, {best['score']:.0f} bytes per µs; defaults, measured above: {by_default:.0f}")
 
 # %% [markdown]
-# The range that it searches, up to 100 ms and 64 MiB, was made for slower networks and larger models. With these tensors the cycle time decides nearly everything, and it never tries one below 1 ms. Know that it scores *communication*: a setting that steals time from computing looks no worse to it.
+# The range that it searches, 1 to 100 ms and up to 64 MiB, was made for slower networks and larger models. With these tensors short cycles score best, whatever the buffer, and the search ends about where the defaults were. Know that it scores *communication*: a setting that steals time from computing looks no worse to it.
 #
 # ## Three libraries, by message size
 #
-# Now the wire itself. `compare_backends` reduces one tensor at a time. The backends take turns; before that, each is asked by way of the timeline what really ran, and every sum is compared with the exact one. Gloo needs processes of its own; MPI and oneCCL take turns in the same ones.
+# Now the wire itself. `compare_backends` reduces one tensor at a time. The backends take turns; before that, a timeline confirms which library really ran, and every sum is compared with the exact one. Gloo needs processes of its own; MPI and oneCCL take turns in the same ones.
 #
 # `oneCCL ring` is oneCCL with its algorithm set (`CCL_ALLREDUCE=ring`). Why that is needed comes below.
 #
-# How to compare different sizes and numbers of ranks? Every algorithm must move at least $2N(P-1)/P$ bytes through each rank, as the last notebook showed. That, by the time, is the **bus bandwidth**; it is what NVIDIA's nccl-tests report too.
+# How to compare different sizes and numbers of ranks? Every algorithm must move at least $2N(P-1)/P$ bytes through each rank, as the last notebook showed. Divided by the time, this is the **bus bandwidth**; NVIDIA's nccl-tests report it too.
 
 # %%
 names = ["MPI", "Gloo", "oneCCL ring"]
@@ -252,7 +264,7 @@ times = compared.pivot_table(index=["cycle_ms", "size_bytes"], columns="backend"
 # %% [markdown]
 # Look at the small sizes with a cycle of 1 ms first. MPI and oneCCL need the same time for 4 kB and for 256 times as much: one millisecond. That is not the network. It is Horovod's thread, asleep. With a cycle of 0.1 ms the libraries show.
 
-# %% alt="Two panels against message size, logarithmic, with a cycle time of 0.1 ms. Left: time; flat for small sizes, rising for large ones; Gloo is highest throughout, MPI and oneCCL's ring are together up to about a megabyte, then the ring is lower. Right: bus bandwidth, rising with size; oneCCL's ring reaches the most, Gloo the least."
+# %% alt="Two panels against message size, logarithmic, with a cycle time of 0.1 ms. Left: time; flat for small sizes, rising for large ones; Gloo is highest throughout, MPI is a little below oneCCL's ring up to about a megabyte, then the ring is lower. Right: bus bandwidth, which rises up to about four megabytes and falls beyond for MPI; oneCCL's ring reaches the most, Gloo the least. Bands reach from the fastest to the slowest turn."
 STYLES = {
     "MPI": dict(color="#0072B2", marker="o"),
     "Gloo": dict(color="#009E73", marker="s"),
@@ -279,36 +291,38 @@ against_mpi = speedups[(speedups["cycle_ms"] == 0.1) & (speedups["backend"] == "
 against_mpi[["size_bytes", "speedup", "low", "high", "least", "most", "turns"]].round(2)
 
 # %% [markdown]
-# How many times as fast as MPI oneCCL's ring is, turn by turn: below a megabyte it loses a little, for large tensors it wins clearly. And Gloo, which sends everything through TCP even between two processes of one machine, is slowest throughout.
+# The table gives the speed of oneCCL's ring relative to MPI's, turn by turn: the median, the quartiles, the least and the most. For small tensors the ring takes up to a third longer, which is some 50 µs; with a cycle of 1 ms nobody would notice. Somewhere around a megabyte they meet, and for large tensors the ring wins clearly.
+#
+# Gloo, which sends everything through TCP even between two processes of one machine, is slowest throughout: some thirty times slower than MPI at 4 kB, a few times slower than the ring at 64 MB. Compare this with what you guessed. (Why it needs milliseconds for 4 kB we did not find out; a plain exchange over TCP takes a fiftieth of that.)
 #
 # ### Why oneCCL needs to be told
 #
-# Without `CCL_ALLREDUCE` the result is another one. **Predict** which: oneCCL runs over MPI here (`CCL_ATL_TRANSPORT=mpi`), and in that case its own choice of algorithm is called *direct*. Its manual explains: based on `MPI_Iallreduce`.
+# Without `CCL_ALLREDUCE` the result is another one. oneCCL runs over MPI here (`CCL_ATL_TRANSPORT=mpi`), and in that case the algorithm that it chooses by itself is called *direct*. Its manual explains: based on `MPI_Iallreduce`, which is MPI's own allreduce, started in the background. **Predict** how it compares with MPI.
 
 # %%
 recorded = recording.backends() if live else comparing.recorded()
-origin = "measured here" if live else "RECORDED on another day"
+origin = "measured here" if live else "recorded"
 chosen = recorded[(recorded["ranks"] == 2) & (recorded["cycle_ms"] == 0.1) & (recorded["size_bytes"] >= 2**22)]
 ratio = {}
 for memory in ("freed", "kept"):
     table = comparing.ratios(chosen[chosen["memory"] == memory]).pivot(index="backend", columns="size_bytes", values="speedup")
     for backend in ("oneCCL", "oneCCL ring"):
         ratio[backend, memory] = table.loc[backend]
-print(origin)
+print("measured here" if live else recorded["source"].iloc[0])
 pd.DataFrame(ratio).T.round(2).rename_axis(index=["times as fast as MPI", "memory"], columns="bytes")
 
 # %% [markdown]
-# Left to itself oneCCL hands the allreduce on to MPI, and is as fast as MPI. Who benchmarks "oneCCL against MPI" and does not look compares MPI with MPI.
+# Left to itself oneCCL hands the allreduce on to MPI, and is about as fast as MPI, or a little slower for the detour. Anyone who benchmarks "oneCCL against MPI" and does not look compares MPI with MPI.
 #
-# With its ring it wins, and at 64 MB by more where memory is *freed* than where it is *kept*. That part of the advantage has nothing to do with algorithms. MPICH takes a buffer as long as the message for each allreduce and frees it afterwards; the C library gives such a large piece back to Linux, and Linux clears each page of the next one. oneCCL keeps its buffers. `backends.KEEP_MEMORY`, settings of the C library, make a process keep what it freed, and MPI catches up to that extent. What remains is how the algorithm is carried out: MPICH's own ring, which one can ask for, is no faster than its default here.
+# With its ring it wins, and at 64 MB by more where memory is *freed* than where it is *kept*. That part of the advantage has nothing to do with algorithms. MPICH takes a buffer as long as the message for each allreduce and frees it afterwards; the C library gives such a large piece back to Linux, and Linux clears each page of the next one. oneCCL keeps its buffers. Your own comparison above was with memory freed, which is what you get unless you ask: `backends.KEEP_MEMORY` holds settings of the C library that make a process keep what it freed, and with them MPI takes half the time at 64 MB. What remains is how the algorithm is carried out.
 #
-# So there are three questions to ask of any such comparison: what really ran? which clock was it? whose memory?
+# So there are three questions to ask of any such comparison. Which library and which algorithm really ran? Was it the network that was timed, or Horovod's cycle? And did both sides pay the same for their memory?
 #
 # ## An epoch of ResNet-50
 #
-# The founding paper's figure: ResNet-50, dummy data, time of one epoch. Here an epoch has few steps and the images are small, but the network is the real one with its 25.6 million weights: 102 MB of gradients per step, in 161 tensors.
+# The paper's figure: ResNet-50, dummy data, time of one epoch. Here an epoch has few steps, the images are small and a rank sees 4 of them per step, but the network is the real one with its 25.6 million weights: 102 MB of gradients per step, in 161 tensors, reduced as one group.
 #
-# **Predict** from the ratios at 64 MB: if the communication gets about twice as fast, does the epoch?
+# **Predict:** at 64 MB the ring was more than twice as fast as MPI. Will the epoch be?
 
 # %%
 resnet = epochs.measure(["MPI", "oneCCL ring"], n_ranks, image=image, steps=epoch_steps, repeats=turns)
@@ -319,17 +333,25 @@ shares.round(3)
 gain = epochs.speedups(resnet).iloc[0]
 share, faster = gain["communication_share"], gain["communication_speedup"]
 predicted = 1 / ((1 - share) + share / faster)
+rest_ms = (shares["epoch_s"] - shares["communication_s"]) * 1e3
 print(f"communication {faster:.2f} times as fast, {share:.0%} of an epoch over MPI")
+print(f"the rest: {rest_ms['MPI']:.0f} ms over MPI, {rest_ms['oneCCL ring']:.0f} ms over oneCCL")
 print(f"epoch {gain['speedup']:.2f} times as fast ({gain['low']:.2f} to {gain['high']:.2f}); from share and ratio: {predicted:.2f}")
 
 # %% [markdown]
-# A part $f$ of the epoch is communication. If that part becomes $s$ times as fast, the epoch becomes
+# Two things lie between the ratio of a single allreduce and that of an epoch.
+#
+# What we time as communication also holds Horovod's copying of 102 MB into its buffer and out of it, and new memory for the averages. No library speeds that up, so communication as a whole gains less than the allreduce in it.
+#
+# And communication is only a part $f$ of the epoch. If that part becomes $s$ times as fast and the rest stays as it is, the epoch becomes
 #
 # $$\frac{1}{(1-f) + f/s}$$
 #
-# times as fast (Amdahl's law). So the gain depends on the model: another one with fewer weights per computation has a smaller $f$, and the same library gives it less. That is why "other models gave other results". (What we time as communication also holds Horovod's copying into and out of its buffer, which no library speeds up.)
+# times as fast (Amdahl's law). Where the measured gain differs from this, the rest has not stayed as it was; the second line of the output says by how much. On another day, or with other neighbours on the machine, the same cell gives another gain; the range in brackets is of the turns of one run.
+#
+# So a gain depends on the model: one with fewer weights per computation has a smaller $f$, and the same library gives it less. That would explain why other models gave other results.
 
-# %% alt="Left: bars of the speedup of an epoch: measured here for ResNet-50, and, hatched and labelled published, 1.8 to 2 on Nurion and 2.15 by Intel and Amazon. Right: curves of the speedup of an epoch against the share of communication for communication 1.5, 2 and 4 times as fast, with the point measured here and the published band of 1.8 to 2, which only curves of twice as fast or more reach, and only at large shares."
+# %% alt="Left: bars of the speedup of an epoch: measured here for ResNet-50, and, hatched and labelled published, 1.8 to 2 on Nurion and 2.15 by Intel and Amazon. Right: curves of the speedup of an epoch against the share of communication for communication 1.5, 2 and 4 times as fast, with the point measured here and the published band of 1.8 to 2, which the curve of four times as fast enters at a share of 60 per cent and that of twice as fast at 89 per cent."
 published = epochs.published().set_index("study")
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained", width_ratios=[1, 1.3])
 error = [[gain["speedup"] - gain["low"]], [gain["high"] - gain["speedup"]]]
@@ -338,7 +360,7 @@ for study, label in (("Nurion", "Nurion,\npublished"), ("Intel and Amazon", "Int
     low, high = published.loc[study, ["speedup_low", "speedup_high"]]
     left.bar([label], [(low + high) / 2], yerr=(high - low) / 2, color="white", hatch="///", ec="black", lw=0.6, capsize=4)
 left.axhline(1, color="black", lw=0.6, ls=":")
-left.set(ylabel="epoch: times as fast as over MPI", ylim=(0, 2.5))
+left.set(ylabel="times as fast as without", ylim=(0, 2.5))
 left.tick_params(axis="x", labelsize=8)
 f = np.linspace(0, 1, 101)
 for s, dashes in ((1.5, ":"), (2, "--"), (4, "-")):
@@ -350,7 +372,9 @@ right.legend(frameon=False, fontsize=8)
 plt.show()
 
 # %% [markdown]
-# What the right panel says about Nurion: to gain 1.8 or more over a whole epoch, communication must have been *most* of it, and become at least twice as fast. On a KNL node that is plausible: 68 slow cores, of which few can drive the network, and plain MPI on one thread. MLSL put threads and cores aside for communication. The paper does not say how its time was divided, so this is a reading, not a result.
+# The first bar is oneCCL's ring against MPI, the second Nurion's MLSL against plain Horovod, for an epoch of ResNet-50; the third, by Intel and Amazon, is the ratio of two published parallel efficiencies, 98 % with MLSL and 45.5 % with Open MPI, both under MXNet on Ethernet of 25 Gbit/s.
+#
+# What the right panel says about Nurion: to gain 1.8 over a whole epoch, communication must have been at least 44 % of it, however fast MLSL made it, and 89 % if MLSL made it twice as fast. That is plausible on its processors, Intel's Knights Landing (KNL): with 68 slow cores, computing is spread over many, and plain MPI drives the network from one. MLSL put cores aside for communication. The paper does not say how its time was divided, so this is a reading, not a result.
 #
 # With another model or another network in between another ratio comes out, including none at all:
 
@@ -361,17 +385,16 @@ for (image_size, rate), group in runs.groupby(["image", runs["rate_mbit"].fillna
     for row in epochs.speedups(group).itertuples():
         where = f"links of {rate:g} Mbit/s" if rate else "through memory"
         rows.append((where, image_size, row.backend, row.communication_share, row.speedup, row.low, row.high))
-columns = ["network", "image", "backend", "share of communication over MPI", "epoch: times as fast as MPI", "low", "high"]
+columns = ["network", "image", "backend", "share", "speedup", "low", "high"]
 elsewhere = pd.DataFrame(rows, columns=columns)
-print(origin)
 elsewhere.round(2)
 
 # %% [markdown]
-# (The links are those of the network lab of the last notebook, 2 ranks.) Larger images mean more computing for the same gradients, so a smaller share of communication. On links of 200 Mbit/s communication is nearly all, and yet nothing is gained: the wire takes the time that its bytes need, whoever feeds it. With 1000 Mbit/s, where two cores are just able to keep the wire busy, the order is even another one: the plain sockets of Gloo do best. A ratio belongs to a model, a network and a machine, not to a library.
+# (Recorded like the table before, 2 ranks; `share` is that of communication over MPI, `speedup` that of an epoch against MPI. The links are those of the network lab of the last notebook.) Larger images mean more computing for the same gradients, so a smaller share of communication; the two gains through memory, 6 and 8 %, are too close to be told apart. On links of 200 Mbit/s communication is nearly all, and yet nothing is gained: the wire takes the time that its bytes need, whoever feeds it. With 1000 Mbit/s, where two cores are just able to keep the wire busy, the order is even another one: the plain sockets of Gloo do best. A ratio belongs to a model, a network and a machine, not to a library.
 #
 # ## More ranks than cores
 #
-# oneCCL communicates in a *worker thread* of each rank, beside Horovod's own. **Predict:** with 4 ranks on 2 cores, each core has two ranks to serve, each with a thread that computes, one of Horovod and one of oneCCL. What will that cost, and would it be better without the worker (`CCL_WORKER_OFFLOAD=0`)?
+# oneCCL communicates in a *worker thread* of each rank, beside Horovod's own. **Predict:** with 4 ranks on 2 cores, each core has two ranks to serve, each with a thread that computes, one of Horovod and one of oneCCL. Against MPI on the same ranks, will oneCCL do worse than it did on two ranks? And would it be better without the worker (`CCL_WORKER_OFFLOAD=0`)?
 
 # %% alt="Two panels, two ranks and four ranks on two cores: speed relative to MPI against the size of the tensor, for oneCCL's ring with its worker thread and without. On two ranks without the worker thread the ring is about as fast as MPI for small tensors and with it somewhat slower; both win for large ones. On four ranks the ring with its worker behaves much the same, and without it it is many times slower than MPI."
 quickly = recorded[(recorded["cycle_ms"] == 0.1) & (recorded["memory"] == "freed")]
@@ -388,50 +411,54 @@ for axis, n in zip(axes, (2, 4), strict=True):
     axis.title.set_fontsize(9)
 axes[0].set_ylabel("oneCCL's ring: times as fast as MPI")
 axes[0].set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2], [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2])
-axes[0].legend(frameon=False, title="oneCCL's ring")
+axes[0].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
 # With a core per rank, the loss of oneCCL on small tensors is the worker's doing: handing the work to another thread and being woken by it costs some 50 µs, and without the worker it is gone.
 #
-# With two ranks per core the worker is needed. Without it Horovod's own thread drives the communication, and asks for news without ever giving its core away, which is the core that the rank it waits for needs to send anything. With the worker it loses on small tensors as before, and still wins on large ones.
+# With two ranks per core the ring with its worker fares against MPI as before, worse for small tensors and better for large ones. It is the rank *without* a worker that collapses. Its thread polls without ever giving up the core, which is the core that the rank it waits for needs in order to send. The worker sleeps when there is nothing to do.
 #
-# The lesson is one of *placement*. Give oneCCL a core per rank that nobody else uses. On two cores there is none to give. On a KNL with 68 there is, and taking one from computing costs 1.5 %.
+# What the manual advises is a core for each worker that nobody else uses. We had none to give, so how much that gains is not shown here. On a KNL it costs one core of 68, 1.5 % of the computing.
 #
 # ## Choose and set a backend on Nurion
 #
 # | you have | choose | because |
 # |---|---|---|
-# | one rank per node, large gradients | oneCCL with an algorithm of its own, if a measurement says so | its threads drive the network while yours compute |
-# | many small tensors | MPI, and look at cycle time and fusion first | below a megabyte the library hardly matters |
-# | ranks that share cores | MPI | no thread too many |
-# | no MPI, or ranks that come and go (elastic) | Gloo | it needs TCP only, and survives a lost rank |
+# | large gradients | oneCCL with an algorithm of its own, if a measurement says so | it won here above a megabyte |
+# | many small tensors | MPI; look at cycle time and fusion first | MPI won here below a megabyte, by less than a cycle |
+# | ranks that share cores | either, but never oneCCL without its worker | the last figure |
+# | no MPI, or ranks that may be lost while others go on | Gloo | it needs TCP only; Horovod's elastic mode is built on it |
 #
-# In a job script, after the modules that the site names:
+# In a job script, after the modules that Nurion's guide names:
 
 # %%
 from nurion_utils import sites
 
-nurion = sites.load("nurion")
-nurion.table().loc[lambda table: table["figure"].str.contains("modules"), ["figure", "value", "status", "source"]]
+print("module load", *sites.load("nurion").scheduler.job_modules)
 
 # %% [markdown]
 # ```bash
-# # MPI: Intel MPI and MVAPICH2 share MPICH's binary interface, so the Horovod that was built with MPICH runs on either.
+# # MPI. Intel MPI and MVAPICH2, the MPI libraries on Nurion, have the same binary interface as MPICH,
+# # so a Horovod that was built with MPICH runs on either.
 # export HOROVOD_CPU_OPERATIONS=MPI HOROVOD_CONTROLLER=mpi
 # export MV2_ENABLE_AFFINITY=0      # MVAPICH2 only: do not tie all threads of a rank to one core
+# ```
 #
-# # oneCCL over that MPI
-# export HOROVOD_CPU_OPERATIONS=CCL CCL_ATL_TRANSPORT=mpi
-# export CCL_ALLREDUCE="rabenseifner:0-1048576;ring:1048577-max"   # never leave it to "direct"
-# export CCL_WORKER_COUNT=1 CCL_WORKER_AFFINITY=67                 # the last core of a KNL node ...
-# export OMP_NUM_THREADS=66                                        # ... which TensorFlow leaves alone; one for Horovod
+# ```bash
+# # or oneCCL over that MPI, with algorithms that you have measured; never leave it to "direct"
+# export HOROVOD_CPU_OPERATIONS=CCL HOROVOD_CONTROLLER=mpi CCL_ATL_TRANSPORT=mpi
+# export CCL_ALLREDUCE="rabenseifner:0-1048576;ring:1048577-max"
+# export CCL_WORKER_COUNT=1 CCL_WORKER_AFFINITY=67   # the last core of a KNL node for the worker,
+# export OMP_NUM_THREADS=66                          # one for Horovod's thread, the others for TensorFlow
+# ```
 #
-# # Gloo: start with horovodrun --gloo, and name the fast network, or the host name decides
+# ```bash
+# # or Gloo: start with horovodrun --gloo, and name the fast network; else the host's name decides which one is used
 # export HOROVOD_GLOO_IFACE=ib0
 # ```
 #
-# We had no access to Nurion when this was written: the names of modules are from its guide, the settings from the manuals of the libraries, and the combination has not been run there. The thresholds between algorithms are a starting point; `compare_backends` and twenty minutes of a debug queue give you your own. Then train two steps with `HOROVOD_TIMELINE` set, read the file with `timeline.read`, and look at `activity`.
+# We had no access to Nurion when this was written: the names of modules are from its guide, the settings from the manuals of the libraries, and the combination has not been run there. The algorithms and the size between them (Rabenseifner's for fewer steps, see the last notebook) are a starting point, not measured here; `compare_backends` and twenty minutes of a debug queue give you your own. Then train two steps with `HOROVOD_TIMELINE` set, read the file with `timeline.read`, and look at `activity`.
 #
 # One trap: `HOROVOD_CPU_OPERATIONS=GLOO` in a job that was started by `mpiexec` crashes unless `HOROVOD_CONTROLLER=gloo` and the addresses that `horovodrun` would set are there too. `backends.init("Gloo")` sets them.
 #
@@ -468,10 +495,10 @@ def trained(how: str) -> list:
 by_mpi4py, by_horovod = world.run(trained, "mpi4py"), world.run(trained, "horovod")
 difference = max(abs(a - b).max() for a, b in zip(by_mpi4py[0], by_horovod[0], strict=True))
 between = max(abs(a - b).max() for a, b in zip(by_mpi4py[0], by_mpi4py[1], strict=True))
-print(f"largest difference of a weight from Horovod's: {difference:.0e}; between ranks: {between:.0e}")
+print(f"largest difference of a weight from Horovod's: {difference:.1g}; between ranks: {between:.1g}")
 
 # %% [markdown]
-# The same training. Nothing of Horovod is needed on this path, so it works where there is none (the package's tests run it on ranks that cannot import Horovod). What you give up is all of this notebook: no fusion across steps, no overlap, no timeline; one allreduce of one flat array after the last gradient. For networks of a few million weights that is often good enough.
+# The same training. Nothing of Horovod is needed on this path, so it works where there is none (the package's tests run it on ranks that cannot import Horovod). What you give up is the choice of a library, the timeline, and compression; what you keep is one allreduce of one flat array after the last gradient. `average`, in the cell above, is all that you need to bring.
 #
 # ## Exercises
 #
@@ -494,22 +521,23 @@ better_used_on = 64  # 5.6 GB/s against 5.0
 # %% tags=["check"]
 assert bus_bandwidth(1e8, 0.02, 2) is not None, "Nothing is computed yet: put the formula in place of the dots."
 assert abs(bus_bandwidth(1e9, 1.0, 2) - 1) < 1e-9, "Two ranks, 1 GB in 1 s: 2 (P-1)/P is 1, so it should be 1 GB/s."
-assert abs(bus_bandwidth(1e8, 0.035, 64) - 5.625) < 1e-9, "Each of 64 ranks must move 2 * 63/64 of the array."
+assert abs(bus_bandwidth(1e8, 0.035, 64) - 5.625) < 1e-9, "Each of 64 ranks must move 2 * 63/64 of the array; and GB are 10^9 bytes."
 assert better_used_on in (2, 64), "Put 2 or 64 in place of the dots."
 assert better_used_on == 64, f"Compare {bus_bandwidth(1e8, 0.02, 2):.2f} with {bus_bandwidth(1e8, 0.035, 64):.2f} GB/s."
 print("Right: the time grew, but so did what had to be moved, nearly twofold.")
 
 # %% [markdown]
-# **2. Who is late?** Four ranks announce twelve tensors; the table has the rows of a timeline in which they say that they are ready. Three ranks wait for one, in most steps for the same. Which one, and for how long does a tensor wait on average, from the first rank that is ready to the last?
+# **2. Who is late?** The first step of a timeline has rows of phase `ready`: one per tensor and rank, when that rank had it. Here are such rows of four ranks and twelve tensors. Three ranks wait for one, for most tensors for the same one. Which is it, and how long does a tensor wait on average, from the first rank that has it to the last?
 
 # %% tags=["exercise"]
 import numpy as np
 import pandas as pd
 
 random = np.random.default_rng(3)
+late = np.where(np.arange(12) % 4, random.integers(4), random.integers(4, size=12))
 ready = pd.DataFrame(
     [
-        (f"tensor_{i:02d}", "ready", rank, 0.1 * i + 0.001 * random.random() + (0.004 if rank == (2 if i % 4 else 1) else 0))
+        (f"tensor_{i:02d}", "ready", rank, 0.1 * i + 0.001 * random.random() + 0.004 * (rank == late[i]))
         for i in range(12)
         for rank in range(4)
     ],
@@ -525,9 +553,11 @@ mean_wait_s = float(ready.groupby("tensor")["start_s"].agg(lambda times: times.m
 # %% tags=["check"]
 assert late_rank is not None and mean_wait_s is not None, "Put your two answers in place of the dots."
 assert late_rank in range(4), "The ranks are numbered from 0 to 3."
-assert late_rank == 2, "Find the row with the largest start_s of each tensor, and count its ranks."
-assert 0.003 < mean_wait_s < 0.006, "Of each tensor the largest start_s less the smallest; then the mean, in seconds."
-print(f"Right: rank 2, and {mean_wait_s * 1e3:.1f} ms. A faster library would not help: look at what rank 2 does.")
+times = ready.pivot(index="tensor", columns="rank", values="start_s")
+assert late_rank == times.idxmax(axis=1).mode()[0], "Find the row with the largest start_s of each tensor, and count its ranks."
+waits = times.max(axis=1) - times.min(axis=1)
+assert abs(mean_wait_s - waits.mean()) < 1e-6, "Of each tensor the largest start_s less the smallest; then the mean, in seconds."
+print(f"Right: rank {late_rank}, and {mean_wait_s * 1e3:.1f} ms. A faster library would not help: look at what that rank does.")
 
 # %% [markdown]
 # **3. What is it worth?** oneCCL makes your communication 1.9 times as fast. How many times as fast is an epoch of which communication is 20 %, and one of which it is 80 %? And which share would give 1.8?
@@ -545,7 +575,7 @@ assert None not in answers, "Put your three answers in place of the dots."
 assert abs(at_20_percent - 1.105) < 0.01, "80 % stay as they are, 20 % take 1/1.9 of the time: one over the sum."
 assert abs(at_80_percent - 1.610) < 0.01, "20 % stay as they are, 80 % take 1/1.9 of the time: one over the sum."
 assert abs(share_for_1_8 - 0.938) < 0.01, "Solve 1 / ((1 - f) + f / 1.9) = 1.8 for f; it is a number from 0 to 1."
-print("Right: 1.8 over a whole epoch means that it was nearly all communication.")
+print("Right: with this library, 1.8 over a whole epoch would mean that it was nearly all communication.")
 
 # %%
 world.stop()
@@ -559,7 +589,7 @@ assert (steps_fused["tensors"] == 24).all() and (steps_unfused["tensors"] == 24)
 assert (steps_unfused["tensors_per_buffer"] == 1).all() and steps_fused["buffers"].median() < 24
 assert (steps_fused["exposed_s"] <= steps_fused["communication_s"]).all()
 assert difference < 1e-5 and between == 0
-assert abs(predicted / gain["speedup"] - 1) < 0.5, "share and ratio do not explain the gain of the epoch"
+assert abs(predicted / gain["speedup"] - 1) < 0.3, "share and ratio do not explain the gain of the epoch"
 
 # %% [markdown]
 # ## What to take along
@@ -567,6 +597,6 @@ assert abs(predicted / gain["speedup"] - 1) < 0.5, "share and ratio do not expla
 # - A gradient waits for Horovod's clock, for the other ranks and for its place in a buffer before a library sees it. Small tensors are a matter of clock and buffers, large ones of the library.
 # - Only *exposed* communication costs. The timeline shows it, and distorts while it does.
 # - A comparison of libraries is worth what its questions are: what really ran, by which clock, with whose memory. oneCCL over MPI runs MPI's own allreduce unless you choose an algorithm.
-# - A faster library speeds up an epoch by the share of it that is communication. Twice as fast over all, as on Nurion, needs a model and a machine that do little else.
+# - A faster library speeds up an epoch by the share of it that is communication. To gain 1.8 over all, as on Nurion, at least 44 % of it must have been.
 #
 # **Next:** [Burst-buffer staging](04_burst_buffer_staging.ipynb), the second wall: input.

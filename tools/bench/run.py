@@ -109,6 +109,9 @@ ROWS += [
         "carriers", "oneCCL ring", "MPI", "speed", None, {"size_bytes": size << 20, "keep_memory": memory == "kept"})
     for size in (4, 64)
     for memory in ("freed", "kept")
+] + [
+    Row("timeline", "reading a Horovod timeline of 1,000,000 events against json.load and pandas", "timeline",
+        "nurion_utils", "json + pandas", "speed", 2.0),
 ]  # fmt: skip
 
 
