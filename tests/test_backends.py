@@ -1,6 +1,8 @@
 """Horovod over each of its libraries gives the same sums, and what is reported about them is what really ran."""
 
 import dataclasses
+import os
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -48,6 +50,16 @@ def reduced(backend: str, dtype: str, seed: int) -> list[tuple[np.ndarray, np.nd
     return pairs
 
 
+def started_and_ended(backend: str, **settings) -> dict[str, str]:
+    """On every rank: what is left in the environment of it."""
+    import os
+
+    before = dict(os.environ)
+    backends.init(backend, **settings)
+    backends.shutdown()
+    return {name: value for name, value in os.environ.items() if before.get(name) != value}
+
+
 def assert_sums(world: ranks.World, backend: str) -> None:
     for seed, dtype in enumerate(DTYPES):
         by_rank = world.run(reduced, backend, dtype, seed, timeout_s=120)
@@ -78,13 +90,46 @@ def test_gloo_gives_numpys_sums_again_and_again():
 
 
 def test_a_process_that_ran_over_mpi_refuses_gloo_in_one_sentence(world3):
+    world3.run(started_and_ended, "MPI")
     with pytest.raises(ranks.RankError, match="use ranks of their own for Gloo"):
         world3.run(backends.init, "Gloo")
 
 
 def test_a_process_that_ran_oneccl_refuses_other_settings_of_it(world3):
+    world3.run(started_and_ended, "oneCCL ring")
     with pytest.raises(ranks.RankError, match="oneCCL reads its settings once"):
         world3.run(backends.init, "oneCCL")
+
+
+def test_the_environment_is_afterwards_what_it_was(world3, tmp_path):
+    assert world3.run(partial(started_and_ended, timeline=tmp_path / "t.json"), "MPI") == [{}] * 3
+    assert world3.run(started_and_ended, "oneCCL ring") == [{}] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"cycle_ms": 0}, "cycle_ms must be a number above 0"),
+        ({"fusion_bytes": -1}, "fusion_bytes must be a whole number from 0"),
+        ({"timeline": "/no/such/place/t.json"}, "there is no directory /no/such/place"),
+        ({"autotune_log": "a.csv"}, "there is nothing to search"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_horovod_is_touched(settings, words):
+    with pytest.raises(ValueError, match=words):
+        backends.init("Gloo", **settings)
+
+
+def test_gloo_without_its_interface_says_which_there_are():
+    table = allreduce.compare_backends([1024], backends=["Gloo"], repeats=1, env={"HOROVOD_GLOO_IFACE": "ib7"})
+    assert table["absent"].str.contains("must name an interface that has an IPv4 address; there are lo").all()
+
+
+def test_backends_with_settings_of_their_own_get_ranks_of_their_own():
+    settings = {"HOROVOD_CACHE_CAPACITY": "0"}
+    with comparing.Groups({"no cache": Backend("MPI", settings), "MPI": Backend("MPI")}, 2) as groups:
+        pids = {name: groups.run(name, os.getpid) for name in ("no cache", "MPI")}
+    assert not set(pids["no cache"]) & set(pids["MPI"])
 
 
 def test_every_backend_is_verified_by_the_timeline_and_all_give_exact_sums():
@@ -116,7 +161,7 @@ def test_a_backend_that_cannot_start_is_reported_absent_with_the_reason_and_the_
     table = allreduce.compare_backends([1024, 4096], backends={"MPI": Backend("MPI"), "broken": broken}, repeats=2)
     absent = table[table["backend"] == "broken"]
     assert len(absent) == 2 and absent["time_s"].isna().all()
-    assert absent["absent"].str.contains("rank").all()
+    assert absent["absent"].str.contains("was ended by|left its process|raised").all()
     assert table[table["backend"] == "MPI"]["time_s"].notna().sum() == 4
     assert set(comparing.ratios(table)["backend"]) == set()
 
@@ -167,6 +212,9 @@ def test_the_build_is_asked_whether_it_has_a_backend(monkeypatch):
         ({"ranks": 1}, "ranks must be a whole number from 2"),
         ({"repeats": 0}, "repeats must be"),
         ({"cycles_ms": [0]}, "a cycle time in ms must be a number above 0"),
+        ({"cycles_ms": 1.0}, "cycles_ms must be a list"),
+        ({"backends": {"mine": Backend("CCL", {"CCL_WORKER_COUNT": 1})}}, "environment variables are strings"),
+        ({"env": backends.KEEP_MEMORY, "rate_mbit": 100}, "leave out env or rate_mbit"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_starts(arguments, words):
@@ -180,7 +228,7 @@ def test_speedups_are_taken_turn_by_turn():
     table = pd.DataFrame(rows, columns=["backend", "repeat", "time_s"]).assign(ranks=2, cycle_ms=1.0, size_bytes=4)
     (row,) = comparing.ratios(table).itertuples()
     assert (row.backend, row.speedup, row.least, row.most, row.turns) == ("other", 3.0, 2.0, 4.0, 3)
-    with pytest.raises(ValueError, match="no backend 'Gloo', only MPI, other"):
+    with pytest.raises(ValueError, match="no time of 'Gloo', only of MPI, other"):
         comparing.ratios(table, of="Gloo")
 
 
@@ -225,7 +273,11 @@ def test_the_recordings_are_complete_and_as_the_notebook_reads_them():
     turns = table.groupby(["memory", "ranks", "cycle_ms", "size_bytes", "backend"])["repeat"].nunique()
     assert (turns == turns.iloc[0]).all() and turns.iloc[0] >= 7
     assert len(turns) == 2 * 2 * 2 * 7 * 5 and table["absent"].isna().all() and (table["time_s"] > 0).all()
+    with pytest.raises(ValueError, match="several times of the same turn"):
+        comparing.ratios(table)
     runs = epochs.recorded()
+    with pytest.raises(ValueError, match="several times of the same turn"):
+        epochs.speedups(runs)
     assert set(runs["backend"]) == {"MPI", "Gloo", "oneCCL ring"} and runs["absent"].isna().all()
     assert set(runs["rate_mbit"].dropna()) == {200, 1000} and set(runs["image"]) == {64, 128}
     assert runs["source"].str.contains("recorded with horovod").all()
@@ -235,9 +287,11 @@ def test_the_recordings_are_complete_and_as_the_notebook_reads_them():
 
 
 def test_settings_are_swept_in_turn_on_real_ranks(world2):
-    settings = [{"fusion_bytes": 0}, {}, {"cycle_ms": 5.0}, {"compression": "fp16"}, {"timeline": True}]
+    settings = [{"fusion_bytes": 0}, {}, {"cycle_ms": 50.0}, {"compression": "fp16"}, {"timeline": True}]
     table = fusion.sweep(world2, settings, shapes=[(64, 64), (64,)] * 5, repeats=2)
     assert len(table) == 10 and (table["time_s"] > 0).all()
+    by_setting = table.groupby("setting")["time_s"].median()
+    assert by_setting[2] > 3 * by_setting[1]  # who looks every 50 ms makes tensors wait
     assert table.groupby("setting")["repeat"].apply(list).map(sorted).eq([[0, 1]] * 5).all()
     assert table.groupby("setting")[["fusion_bytes", "cycle_ms"]].first().iloc[1].tolist() == [128 << 20, 1.0]
 
@@ -248,6 +302,10 @@ def test_settings_are_swept_in_turn_on_real_ranks(world2):
         ([{"buffer": 1}], "MPI", "a setting is a dictionary with some of fusion_bytes"),
         ([{"compression": "int8"}], "MPI", "compression must be 'none' or 'fp16'"),
         ([{"compression": "fp16"}], "oneCCL", "cannot reduce float16 over oneCCL"),
+        ([{}, {"cycle_ms": 0}], "MPI", "cycle_ms must be a number above 0"),
+        ([{"fusion_bytes": -1}], "MPI", "fusion_bytes must be a whole number from 0"),
+        ([{}], "NCCL", "there is no backend 'NCCL'"),
+        ([], "MPI", "at least one setting is needed"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_runs(settings, backend, words):
@@ -258,6 +316,8 @@ def test_settings_that_cannot_be_are_refused_before_anything_runs(settings, back
 def test_horovods_own_search_runs_and_its_log_is_read():
     with ranks.start(2, env=fusion.SHORT_SEARCH) as world:
         log = fusion.autotune(world, shapes=[(64, 64)] * 10, steps=100)
+        with pytest.raises(ranks.RankError, match="needs ranks that nothing else has used"):
+            fusion.autotune(world, shapes=[(64, 64)], steps=1)
     assert list(log) == ["point", "fusion_mb", "cycle_ms", "score"]
     assert len(log) >= 5 and (log["score"] > 0).all()
     assert log["cycle_ms"].between(1, 100).all() and log["fusion_mb"].between(0, 64).all()

@@ -26,11 +26,9 @@ if TYPE_CHECKING:
 # glibc gives the memory of a large buffer back to Linux as soon as it is freed, and Linux clears every page of the
 # next one; an MPI library that needs a buffer for each large allreduce pays for that each time. With these settings a
 # process keeps what it once had. They are read when a process starts: ranks.start(2, env=KEEP_MEMORY).
-KEEP_MEMORY = {
-    "GLIBC_TUNABLES": ":".join(
-        f"glibc.malloc.{setting}" for setting in ("mmap_threshold=8589934592", "trim_threshold=8589934592", "hugetlb=1")
-    )
-}
+# One arena, because the arenas of further threads, Horovod's among them, cannot hold a block of 64 MiB.
+_MALLOC = ["mmap_threshold=8589934592", "trim_threshold=8589934592", "arena_max=1", "hugetlb=1"]
+KEEP_MEMORY = {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{setting}" for setting in _MALLOC)}
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,8 @@ class Backend:
     operations : str
         Value of HOROVOD_CPU_OPERATIONS: "MPI", "GLOO" or "CCL".
     env : Mapping of str to str
-        Further environment variables, such as the algorithm of oneCCL.
+        Further environment variables, such as the algorithm of oneCCL. They are set when ranks already run: MPICH's
+        own, and those of the C library, belong into ``ranks.start(n, env=...)``.
     """
 
     operations: str
@@ -69,7 +68,9 @@ class BackendError(RuntimeError):
 
 # -- on a rank ----------------------------------------------------------------------------------------------------
 
-_used: dict[str, Backend] = {}  # what this process has run Horovod over, by operations
+_oneccl: Backend | None = None  # what this process has run oneCCL with
+_has_searched = False
+_before: dict[str, str | None] = {}  # the environment as it was before `init`
 
 
 def init(
@@ -87,52 +88,72 @@ def init(
     backend
         Name in `BACKENDS`, or one of your own making.
     cycle_ms
-        How often Horovod looks for tensors to reduce, in milliseconds (HOROVOD_CYCLE_TIME; 1 is its default).
+        How often Horovod looks for tensors to reduce, in milliseconds (HOROVOD_CYCLE_TIME; 1 is its default). None
+        leaves it at what it was in this process, or at the default.
     fusion_bytes
-        Longest buffer that tensors are packed into (HOROVOD_FUSION_THRESHOLD; 128 MiB is its default). 0 packs none.
+        Longest buffer that tensors are packed into (HOROVOD_FUSION_THRESHOLD; 128 MiB is its default). 0 packs none;
+        None as above.
     timeline
         File that rank 0 writes Horovod's timeline to. It is complete after `shutdown`.
     autotune_log
         File that rank 0 writes the log of Horovod's search for a good cycle time and fusion threshold to. It searches
-        only for what is None here, and was not set before in this process.
+        for what is None here, and only in a process in which neither was set before.
 
     Raises
     ------
     BackendError
-        This build lacks the backend, or this process cannot change to it: Gloo goes with no other, and oneCCL reads
-        its settings once. `World.restart` gives fresh processes.
+        This build lacks the backend, or this process cannot change to it: Gloo goes with no other, oneCCL reads its
+        settings once, and a search does not end with Horovod. `World.restart` gives fresh processes.
+    ValueError
+        An argument is not possible; nothing was changed.
+
+    Notes
+    -----
+    `shutdown` restores the environment.  After Gloo, Horovod must be started by this function again.  To Gloo each rank
+    is a host of its own, so ``hvd.local_rank()`` is 0 on all of them.
     """
-    from mpi4py import MPI  # before Horovod, which would otherwise end MPI with itself
-
     backend = _known(backend)
-    require_built(backend)
-    if "GLOO" in {*_used, backend.operations} and {*_used} - {backend.operations}:
-        raise BackendError("Gloo and other backends cannot take turns in one process; use ranks of their own for Gloo")
-    if backend.operations == "CCL" and _used.setdefault("CCL", backend).env != backend.env:
-        raise BackendError("oneCCL reads its settings once in a process; use fresh ranks to change them")
-    _used[backend.operations] = backend
-
-    import horovod.tensorflow as hvd
-
-    shutdown()
     cycle = None if cycle_ms is None else f"{positive(cycle_ms, 'cycle_ms'):g}"
     threshold = None if fusion_bytes is None else str(whole_number(fusion_bytes, "fusion_bytes", 0))
+    for file in (timeline, autotune_log):
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"{file} cannot be written: there is no directory {Path(file).absolute().parent}")
+    if autotune_log is not None and None not in (cycle, threshold):
+        raise ValueError("with cycle_ms and fusion_bytes both set there is nothing to search: pass None for one")
+    require_built(backend)
+
+    import horovod.tensorflow as hvd
+    from mpi4py import MPI  # before Horovod, which would otherwise end MPI with itself
+
+    global _oneccl, _has_searched
+    if hvd.mpi_enabled() if backend.operations == "GLOO" else hvd.gloo_enabled():
+        raise BackendError("Gloo and other backends cannot take turns in one process; use ranks of their own for Gloo")
+    if backend.operations == "CCL" and _oneccl is not None and _oneccl.env != backend.env:
+        raise BackendError("oneCCL reads its settings once in a process; use fresh ranks to change them")
+    used = hvd.mpi_enabled() or hvd.gloo_enabled()
+    if _has_searched or autotune_log is not None and used:
+        raise BackendError("Horovod's search needs ranks that nothing else has used: call world.restart() first")
+
+    shutdown()
     settings = {
         **backend.env,
         "HOROVOD_CPU_OPERATIONS": backend.operations,
         "HOROVOD_CONTROLLER": "gloo" if backend.operations == "GLOO" else "mpi",
         "HOROVOD_CYCLE_TIME": cycle,
         "HOROVOD_FUSION_THRESHOLD": threshold,
-        "HOROVOD_TIMELINE": timeline and str(timeline),
-        "HOROVOD_AUTOTUNE": autotune_log and "1",
-        "HOROVOD_AUTOTUNE_LOG": autotune_log and str(autotune_log),
+        "HOROVOD_TIMELINE": None if timeline is None else str(timeline),
+        "HOROVOD_AUTOTUNE": None if autotune_log is None else "1",
+        "HOROVOD_AUTOTUNE_LOG": None if autotune_log is None else str(autotune_log),
     }
-    if backend.operations == "CCL":
-        settings["CCL_WORKER_AFFINITY"] = os.environ.get("CCL_WORKER_AFFINITY") or _worker_cores(MPI.COMM_WORLD)
-    os.environ.update({name: value for name, value in settings.items() if value is not None})
-    for name in [name for name, value in settings.items() if value is None]:
-        os.environ.pop(name, None)
-    with _rendezvous(MPI.COMM_WORLD) if backend.operations == "GLOO" else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if backend.operations == "CCL":
+            settings["CCL_WORKER_AFFINITY"] = os.environ.get("CCL_WORKER_AFFINITY") or _worker_cores(MPI.COMM_WORLD)
+            _oneccl = backend
+        if backend.operations == "GLOO":
+            settings |= stack.enter_context(_rendezvous(MPI.COMM_WORLD))
+        _before.update({name: os.environ.get(name) for name in settings})
+        _set_environment(settings)
+        _has_searched = autotune_log is not None
         hvd.init()
 
 
@@ -143,6 +164,16 @@ def shutdown() -> None:
     if hvd.is_initialized() and os.environ.get("HOROVOD_TIMELINE"):
         hvd.stop_timeline()  # waits for the thread that writes it, which shutdown does not
     hvd.shutdown()
+    _set_environment(_before)
+    _before.clear()
+
+
+def _set_environment(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def require_built(backend: str | Backend) -> None:
@@ -150,14 +181,16 @@ def require_built(backend: str | Backend) -> None:
     backend = _known(backend)
     try:
         hvd = importlib.import_module("horovod.tensorflow")
-    except ImportError as error:
-        raise BackendError(f"Horovod cannot be imported here ({error})") from None
+    except Exception as error:  # a library that it needs may be missing, too
+        raise BackendError(f"Horovod cannot be imported here ({error}); make setup builds it") from None
     if not getattr(hvd, f"{backend.operations.lower()}_built")():
         raise BackendError(f"this Horovod was built without {backend.operations}; make setup builds it with all three")
 
 
 def _known(backend: Any) -> Backend:
     if isinstance(backend, Backend) and backend.operations in ("MPI", "GLOO", "CCL"):
+        if not all(isinstance(text, str) for pair in backend.env.items() for text in pair):
+            raise ValueError(f"environment variables are strings, not {dict(backend.env)!r}")
         return backend
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"there is no backend {backend!r}; choose from {', '.join(BACKENDS)}, or make a Backend")
@@ -179,32 +212,35 @@ def _worker_cores(comm: MPI.Comm) -> str:
     from mpi4py import MPI
 
     cores = sorted(os.sched_getaffinity(0))
-    return ",".join(map(str, comm.Split_type(MPI.COMM_TYPE_SHARED).allgather(cores[-1 - comm.rank % len(cores)])))
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    of_node = node.allgather(cores[-1 - comm.rank % len(cores)])
+    node.Free()
+    return ",".join(map(str, of_node))
 
 
 @contextlib.contextmanager
-def _rendezvous(comm: MPI.Comm) -> Iterator[None]:
-    """The server at which Gloo's ranks find each other, on rank 0, while they start; to it each rank is a host."""
+def _rendezvous(comm: MPI.Comm) -> Iterator[dict[str, str]]:
+    """The server at which Gloo's ranks find each other, on rank 0, while they start; the settings that tell of it."""
     import psutil
     from horovod.runner.common.util.hosts import SlotInfo
     from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
     interface = os.environ.get("HOROVOD_GLOO_IFACE", "lo")
-    server, address = None, None
-    if comm.rank == 0:
-        host = next(a.address for a in psutil.net_if_addrs()[interface] if a.family.name == "AF_INET")
-        server = RendezvousHTTPServer((host, 0), RendezvousHandler, 0)
-        server.init([SlotInfo(f"rank{rank}", rank, 0, rank, comm.size, 1, comm.size) for rank in range(comm.size)])
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        address = server.server_address
-    host, port = comm.bcast(address)
-    numbers = {"RANK": comm.rank, "SIZE": comm.size, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
-    numbers |= {"CROSS_RANK": comm.rank, "CROSS_SIZE": comm.size, "HOSTNAME": f"rank{comm.rank}"}
-    numbers |= {"GLOO_RENDEZVOUS_ADDR": host, "GLOO_RENDEZVOUS_PORT": port, "GLOO_IFACE": interface}
-    os.environ.update({f"HOROVOD_{name}": str(value) for name, value in numbers.items()})
-    try:
-        yield
-    finally:
-        if server is not None:
-            server.shutdown()
-            server.server_close()
+    known = psutil.net_if_addrs()
+    hosts = [a.address for a in known.get(interface, []) if a.family.name == "AF_INET"]
+    if not all(comm.allgather(bool(hosts))):
+        found = ", ".join(known)
+        raise BackendError(f"HOROVOD_GLOO_IFACE must name an interface that has an IPv4 address; there are {found}")
+    with contextlib.ExitStack() as stack:
+        address = None
+        if comm.rank == 0:
+            server = stack.enter_context(RendezvousHTTPServer((hosts[0], 0), RendezvousHandler, 0))
+            server.init([SlotInfo(f"rank{rank}", rank, 0, rank, comm.size, 1, comm.size) for rank in range(comm.size)])
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            stack.callback(server.shutdown)
+            address = server.server_address
+        host, port = comm.bcast(address)
+        numbers = {"RANK": comm.rank, "SIZE": comm.size, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
+        numbers |= {"CROSS_RANK": comm.rank, "CROSS_SIZE": comm.size, "HOSTNAME": f"rank{comm.rank}"}
+        numbers |= {"GLOO_RENDEZVOUS_ADDR": host, "GLOO_RENDEZVOUS_PORT": port, "GLOO_IFACE": interface}
+        yield {f"HOROVOD_{name}": str(value) for name, value in numbers.items()}

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +32,7 @@ T = TypeVar("T")
 BLOCK_S = 0.03  # short allreduces are repeated until a block of them can be timed
 MOST_CALLS = 50
 TIMEOUT_S = 300.0
+DIED = re.compile(r"was ended by|left its process|died")  # in the first line of a RankError
 
 
 def compare_backends(
@@ -63,9 +64,9 @@ def compare_backends(
     cycles_ms
         Values of Horovod's cycle time; each backend is measured with every one in each turn.
     env
-        Further environment variables for the ranks, such as `KEEP_MEMORY`.
+        Further environment variables for the ranks, such as `KEEP_MEMORY`; not with `rate_mbit`.
     rate_mbit
-        If given, the ranks sit in a network lab (`nurion_utils.allreduce.lab`) with links of that rate.
+        If given, the ranks sit in a network lab (`nurion_utils.allreduce.lab`) with links of that rate, in Mbit/s.
 
     Returns
     -------
@@ -80,7 +81,9 @@ def compare_backends(
     ValueError
         An argument is not possible; nothing was started.
     BackendError
-        Horovod used another operation than the backend stands for, or a sum was wrong.
+        Horovod used another operation than the backend stands for.
+    RankError, LabError
+        A rank raised, such as for a wrong sum, or ranks died twice; or there can be no lab here.
     """
     import pandas as pd
 
@@ -90,16 +93,17 @@ def compare_backends(
     sizes = [whole_number(size, "a size in bytes", 4) for size in sizes_bytes]
     if bad := [size for size in sizes if size % 4]:
         raise ValueError(f"sizes must be multiples of 4 bytes, the length of a float32, not {bad[0]}")
-    whole_number(ranks, "ranks", 2)
-    whole_number(repeats, "repeats")
+    ranks, repeats = whole_number(ranks, "ranks", 2), whole_number(repeats, "repeats")
+    if isinstance(cycles_ms, str) or not isinstance(cycles_ms, Sequence) or not len(cycles_ms):
+        raise ValueError(f"cycles_ms must be a list of cycle times in ms, such as [1.0], not {cycles_ms!r}")
     cycles = [positive(cycle, "a cycle time in ms") for cycle in cycles_ms]
 
     rows = []
-    with Groups(chosen, ranks, env, rate_mbit) as groups:
+    with Groups(chosen, ranks, env, rate_mbit, most_bytes=20 * max(sizes)) as groups:
         for repeat, name in groups.turns(repeats):
             for cycle in cycles:
-                times = groups.run(name, timed, chosen[name], sizes, cycle)[0]
-                rows += [(name, ranks, cycle, size, repeat, t, "") for size, t in zip(sizes, times, strict=True)]
+                for times in groups.run(name, timed, chosen[name], sizes, cycle)[:1]:
+                    rows += [(name, ranks, cycle, size, repeat, t, "") for size, t in zip(sizes, times, strict=True)]
         for name, why in groups.absent.items():
             rows += [(name, ranks, cycle, size, -1, np.nan, why) for cycle in cycles for size in sizes]
     columns = ["backend", "ranks", "cycle_ms", "size_bytes", "repeat", "time_s", "absent"]
@@ -125,12 +129,13 @@ def ratios(table: pd.DataFrame, of: str = "MPI") -> pd.DataFrame:
         ``least, most``, ``turns``.
     """
     require_columns(table, ["backend", "ranks", "cycle_ms", "size_bytes", "repeat", "time_s"])
-    if of not in set(table["backend"]):
-        raise ValueError(f"the table has no backend {of!r}, only {', '.join(sorted(set(table['backend'])))}")
-    keys = ["ranks", "cycle_ms", "size_bytes"]
-    measured = table.dropna(subset="time_s")
-    base = measured[measured["backend"] == of].set_index([*keys, "repeat"])["time_s"].rename("base_s")
-    pairs = measured[measured["backend"] != of].join(base, [*keys, "repeat"])
+    measured, keys = table.dropna(subset="time_s"), ["ranks", "cycle_ms", "size_bytes"]
+    if of not in set(measured["backend"]):
+        raise ValueError(f"the table has no time of {of!r}, only of {', '.join(sorted(set(measured['backend'])))}")
+    if measured.duplicated(["backend", *keys, "repeat"]).any():
+        raise ValueError("the table has several times of the same turn; choose the rows of one memory or one rate")
+    base = measured.loc[measured["backend"] == of, [*keys, "repeat", "time_s"]].rename(columns={"time_s": "base_s"})
+    pairs = measured[measured["backend"] != of].merge(base, on=[*keys, "repeat"])
     pairs["speedup"] = pairs["base_s"] / pairs["time_s"]
     grouped = pairs.groupby(["backend", *keys])["speedup"]
     return grouped.agg(
@@ -151,7 +156,7 @@ def recorded() -> pd.DataFrame:
 class Groups:
     """Ranks on which backends have been proved to run, until the end of a ``with`` statement.
 
-    Backends share ranks where they can take turns in one process. Ranks that die are replaced once.
+    Backends share ranks where they can take turns in one process. Ranks that die are replaced.
 
     Attributes
     ----------
@@ -160,12 +165,21 @@ class Groups:
     """
 
     def __init__(
-        self, backends: Mapping[str, Backend], n_ranks: int, env: Mapping[str, str] | None, rate_mbit: float | None
+        self,
+        backends: Mapping[str, Backend],
+        n_ranks: int,
+        env: Mapping[str, str] | None = None,
+        rate_mbit: float | None = None,
+        most_bytes: int = 0,
     ):
+        if env and rate_mbit is not None:
+            raise ValueError("ranks of a network lab take no env: leave out env or rate_mbit")
         self.absent: dict[str, str] = {}
-        self._backends, self._env = backends, dict(env or {})
-        world = partial(ranks.start, n_ranks, env=self._env)
+        self._backends = backends
+        world = partial(ranks.start, n_ranks, env=dict(env or {}))
         self._start = world if rate_mbit is None else partial(lab, n_ranks, rate_mbit)
+        # the longest that a call may take: `most_bytes` go through each link in it
+        self._timeout_s = TIMEOUT_S + (0 if rate_mbit is None else 8e-6 * most_bytes * n_ranks / rate_mbit)
         self._stack = contextlib.ExitStack()
         self._groups: dict[str, World | Lab] = {}  # by name of the backend
 
@@ -175,7 +189,8 @@ class Groups:
         with contextlib.ExitStack() as stack:  # closes what was opened if something raises
             self._stack = stack
             for name, backend in self._backends.items():
-                host = oneccl if backend.operations == "MPI" else backend  # in whose processes it runs
+                alike = backend.operations == "MPI" and not backend.env
+                host = oneccl if alike else backend  # in whose processes it runs
                 key = host and (host.operations, *sorted(host.env.items()))
                 if key not in shared:
                     shared[key] = stack.enter_context(self._start())
@@ -197,45 +212,43 @@ class Groups:
                     yield repeat, name
 
     def run(self, name: str, function: Callable[..., T], *args: Any) -> list[T]:
-        """Run ``function(*args)`` on the ranks of a backend; results in rank order.
+        """Run ``function(*args)`` on the ranks of a backend.
+
+        Returns
+        -------
+        list
+            Results in rank order; empty if the ranks died and new ones cannot run the backend, see `absent`.
 
         Raises
         ------
         RankError
-            The function raised, or the ranks died twice.
+            The function raised, did not end in time, or the new ranks died as well.
         """
         try:
-            return self._groups[name].run(function, *args, timeout_s=TIMEOUT_S)
+            return self._groups[name].run(function, *args, timeout_s=self._timeout_s)
         except RankError as error:
-            if _is_raised(error):
+            if not DIED.search(str(error).splitlines()[0]):
                 raise
-            self._admit(name, self._stack.enter_context(self._start()))
-            return self._groups[name].run(function, *args, timeout_s=TIMEOUT_S)
+        self._admit(name, self._stack.enter_context(self._start()))
+        if name not in self._groups:
+            return []
+        return self._groups[name].run(function, *args, timeout_s=self._timeout_s)
 
     def _admit(self, name: str, group: World | Lab) -> None:
         """Have the group run the backend from now on, if it does."""
         backend = self._backends[name]
         self._groups.pop(name, None)
         try:
-            found = group.run(_what_runs, backend, self._env, timeout_s=TIMEOUT_S)[0]
+            found = group.run(_what_runs, backend, timeout_s=self._timeout_s)[0]
         except RankError as error:
-            if _is_raised(error):
-                raise
-            found = f"absent: {str(error).splitlines()[0]}"
-        if found.startswith("absent: "):
-            self.absent[name] = found.removeprefix("absent: ")
-        elif found != backend.activity:
+            self.absent[name] = str(error).splitlines()[0]
+            return
+        if found != backend.activity:
             raise BackendError(f"Horovod carried the tensor with {found}, not with {backend.activity}, for {name!r}")
-        else:
-            self._groups[name] = group
+        self._groups[name] = group
 
 
-def _is_raised(error: RankError) -> bool:
-    """Whether the function is to blame, rather than ranks that died or hang."""
-    return " raised " in str(error).splitlines()[0]
-
-
-def _what_runs(backend: Backend, env: dict[str, str]) -> str:
+def _what_runs(backend: Backend) -> str:
     """On every rank: the operation that Horovod's timeline names for an allreduce over `backend`."""
     import horovod.tensorflow as hvd
     import tensorflow as tf
@@ -243,14 +256,10 @@ def _what_runs(backend: Backend, env: dict[str, str]) -> str:
 
     from nurion_utils.allreduce import timeline
 
-    os.environ.update(env)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "timeline.json")
-        try:
-            init(backend, timeline=file)
-            hvd.allreduce(tf.ones(4), op=hvd.Sum, name="what_runs")
-        except Exception as error:
-            return f"absent: {error}"
+        init(backend, timeline=file)
+        hvd.allreduce(tf.ones(4), op=hvd.Sum, name="what_runs")
         shutdown()
         rows = timeline.read(file) if MPI.COMM_WORLD.rank == 0 else None
     found = rows[rows["phase"] == "wire"]["activity"].unique() if rows is not None else []
@@ -273,7 +282,7 @@ def timed(backend: Backend, sizes_bytes: list[int], cycle_ms: float) -> list[flo
                 result = reduce(tensor)  # noqa: B023 - called within this turn of the loop
             time_s = (time.perf_counter() - begin_s) / calls
             if not np.array_equal(result, expected):  # noqa: B023
-                raise BackendError(f"{backend} gave a wrong sum of {size_bytes} bytes")  # noqa: B023
+                raise ArithmeticError(f"{backend} gave a wrong sum of {size_bytes} bytes")  # noqa: B023
             return comm.allreduce(time_s, op=MPI.MAX)
 
         block(2)

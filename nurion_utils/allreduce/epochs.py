@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+GRADIENT_BYTES = 4 * 25_583_592
+
+
 def measure(
     backends: Sequence[str] | Mapping[str, Backend] = ("MPI", "oneCCL ring"),
     ranks: int = 2,
@@ -55,7 +58,7 @@ def measure(
     repeats
         Epochs per backend.
     env
-        Further environment variables for the ranks.
+        Further environment variables for the ranks; not with `rate_mbit`.
     rate_mbit
         If given, the ranks sit in a network lab with links of that rate, in Mbit/s.
 
@@ -70,19 +73,20 @@ def measure(
     ------
     ValueError
         An argument is not possible; nothing was started.
+    RankError, LabError
+        A rank raised, or ranks died twice; or there can be no lab here.
     """
     import pandas as pd
 
     chosen = named(backends)
-    whole_number(ranks, "ranks", 2)
-    whole_number(image, "image", 32)
-    for value, name in ((batch, "batch"), (steps, "steps"), (repeats, "repeats")):
-        whole_number(value, name)
+    ranks, image = whole_number(ranks, "ranks", 2), whole_number(image, "image", 32)
+    batch, steps = whole_number(batch, "batch"), whole_number(steps, "steps")
+    repeats = whole_number(repeats, "repeats")
     rows = []
-    with Groups(chosen, ranks, env, rate_mbit) as groups:
+    with Groups(chosen, ranks, env, rate_mbit, most_bytes=4 * GRADIENT_BYTES * (steps + 1)) as groups:
         for repeat, name in groups.turns(repeats):
-            epoch_s, communication_s = groups.run(name, _epoch, chosen[name], image, batch, steps)[0]
-            rows.append((name, ranks, image, batch, repeat, epoch_s, communication_s, ""))
+            for times in groups.run(name, _epoch, chosen[name], image, batch, steps)[:1]:
+                rows.append((name, ranks, image, batch, repeat, *times, ""))
         for name, why in groups.absent.items():
             rows.append((name, ranks, image, batch, -1, np.nan, np.nan, why))
     columns = ["backend", "ranks", "image", "batch_per_rank", "repeat", "epoch_s", "communication_s", "absent"]
@@ -104,10 +108,13 @@ def speedups(table: pd.DataFrame, of: str = "MPI") -> pd.DataFrame:
     import pandas as pd
 
     require_columns(table, ["backend", "image", "repeat", "epoch_s", "communication_s"])
-    if of not in set(table["backend"]):
-        raise ValueError(f"the table has no backend {of!r}, only {', '.join(sorted(set(table['backend'])))}")
+    measured = table.dropna(subset="epoch_s")
+    if of not in set(measured["backend"]):
+        raise ValueError(f"the table has no time of {of!r}, only of {', '.join(sorted(set(measured['backend'])))}")
+    if measured.duplicated(["backend", "image", "repeat"]).any():
+        raise ValueError("the table has several times of the same turn; choose the rows of one network")
     rows = []
-    for image, group in table.dropna(subset="epoch_s").groupby("image"):
+    for image, group in measured.groupby("image"):
         epochs = group.pivot(index="repeat", columns="backend", values="epoch_s")
         waiting = group.groupby("backend")["communication_s"].median()
         share = (waiting / group.groupby("backend")["epoch_s"].median())[of]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nurion_utils._checks import whole_number
-from nurion_utils.allreduce.backends import init, shutdown
+from nurion_utils._checks import positive, whole_number
+from nurion_utils.allreduce.backends import init, named, shutdown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,20 +69,25 @@ def sweep(
     import pandas as pd
 
     whole_number(repeats, "repeats")
+    shapes, (carrier,) = _as_tuples(shapes), named([backend]).values()
+    if not len(settings):
+        raise ValueError("at least one setting is needed, such as {} for Horovod's defaults")
     complete = []
     for setting in settings:
         if not isinstance(setting, Mapping) or set(setting) - set(DEFAULTS):
             raise ValueError(f"a setting is a dictionary with some of {', '.join(DEFAULTS)}, not {setting!r}")
         complete.append({**DEFAULTS, **setting})
+        positive(complete[-1]["cycle_ms"], "cycle_ms")
+        whole_number(complete[-1]["fusion_bytes"], "fusion_bytes", 0)
         if complete[-1]["compression"] not in ("none", "fp16"):
             raise ValueError(f"compression must be 'none' or 'fp16', not {setting['compression']!r}")
-        if complete[-1]["compression"] == "fp16" and backend.startswith("oneCCL"):
+        if complete[-1]["compression"] == "fp16" and carrier.operations == "CCL":
             raise ValueError("Horovod cannot reduce float16 over oneCCL; use MPI or Gloo, or compression='none'")
     rows = []
     for repeat in range(repeats):
         for turn in range(len(complete)):
             number = (turn + repeat) % len(complete)
-            time_s = world.run(_timed, backend, complete[number], _as_tuples(shapes), timeout_s=120)[0]
+            time_s = world.run(_timed, backend, complete[number], shapes, timeout_s=120)[0]
             rows.append({"setting": number, **complete[number], "repeat": repeat, "time_s": time_s})
     return pd.DataFrame(rows).sort_values(["setting", "repeat"], ignore_index=True)
 
@@ -95,8 +100,8 @@ def autotune(
     Parameters
     ----------
     world
-        Fresh ranks: Horovod searches only for what was never set in a process. Start them with
-        ``env=SHORT_SEARCH`` for a search of about 200 steps.
+        Fresh ranks, which are of no other use afterwards: Horovod searches only for what was never set in a process,
+        and goes on searching. Start them with ``env=SHORT_SEARCH`` for a search of about 200 steps.
     shapes
         Shapes of the tensors.
     backend
@@ -113,12 +118,15 @@ def autotune(
     import pandas as pd
 
     whole_number(steps, "steps")
+    named([backend])
     table = world.run(_searched, backend, _as_tuples(shapes), steps, timeout_s=300)[0]
     table = pd.DataFrame(table, columns=["cycle_ms", "fusion_mb", "score"])
     return table.rename_axis("point").reset_index()[["point", "fusion_mb", "cycle_ms", "score"]]
 
 
 def _as_tuples(shapes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    if not len(shapes):
+        raise ValueError("at least one shape is needed, such as (64, 64)")
     return tuple(tuple(whole_number(length, "a length in a shape") for length in shape) for shape in shapes)
 
 

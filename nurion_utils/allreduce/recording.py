@@ -6,6 +6,7 @@
 Each takes about six minutes, on a machine with nothing else to do.
 """
 
+import argparse
 import datetime
 import importlib.metadata
 import os
@@ -42,8 +43,11 @@ def resnet_epochs() -> pd.DataFrame:
     return pd.concat(tables)
 
 
-def main(what: str) -> None:
+def main() -> None:
     """Write the table to the standard output."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["backends", "epochs"])
+    what = parser.parse_args().what
     cores, linux = len(os.sched_getaffinity(0)), ".".join(platform.release().split(".")[:2])
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("horovod", "mpich", "oneccl-devel"))
     table = {"backends": backends, "epochs": resnet_epochs}[what]()
@@ -52,4 +56,4 @@ def main(what: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -12,7 +12,7 @@ def measure(size_bytes: int, keep_memory: bool, pairs: int = 9) -> pd.DataFrame:
     """Time one allreduce of float32 on two ranks: "MPI", "oneCCL ring"; with a cycle of 0.1 ms, which hides less."""
     env = backends.KEEP_MEMORY if keep_memory else {}
     chosen = backends.named(["MPI", "oneCCL ring"])
-    with comparing.Groups(chosen, 2, env, None) as groups:
+    with comparing.Groups(chosen, 2, env) as groups:
         if groups.absent:
             raise SystemExit(f"cannot be measured here: {groups.absent}")
         contenders = {name: partial(_block, groups, name, chosen[name], size_bytes) for name in chosen}
