@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import cloudpickle
 import pytest
 
-from nurion_utils import ranks
+from nurion_utils import allreduce, ranks
 
 # A test run in the background may have been told to ignore interrupts, and what it starts would ignore them too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,3 +34,12 @@ def world4() -> Iterator[ranks.World]:
     """Four ranks; on two cores they share."""
     with ranks.start(4) as world:
         yield world
+
+
+@pytest.fixture(scope="module")
+def permitted() -> None:
+    """Skips what needs a lab where there cannot be one."""
+    try:
+        allreduce.lab(2).close()
+    except allreduce.LabError as refusal:
+        pytest.skip(str(refusal))

@@ -22,15 +22,6 @@ def world3():
         yield world
 
 
-@pytest.fixture(scope="module")
-def permitted() -> None:
-    """Skips what needs a lab where there cannot be one."""
-    try:
-        allreduce.lab(2).close()
-    except allreduce.LabError as refusal:
-        pytest.skip(str(refusal))
-
-
 def reduced(backend: str, dtype: str, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """On every rank: what Horovod makes of a random tensor of each length, and the sum that numpy makes."""
     import horovod.tensorflow as hvd

@@ -32,15 +32,6 @@ READY = "ranks are at work"
 
 
 @pytest.fixture(scope="module")
-def permitted() -> None:
-    """Skips what needs a lab where there cannot be one."""
-    try:
-        allreduce.lab(2).close()
-    except LabError as refusal:
-        pytest.skip(str(refusal))
-
-
-@pytest.fixture(scope="module")
 def lab4(permitted: None) -> Iterator[network.Lab]:
     with allreduce.lab(4, rate_mbit=200) as lab:
         yield lab

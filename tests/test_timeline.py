@@ -14,7 +14,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nurion_utils.allreduce import timeline
+from nurion_utils.allreduce import _timeline_file, timeline
 from nurion_utils.allreduce.timeline import TimelineError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools" / "bench"))
@@ -210,7 +210,7 @@ def test_a_file_reads_the_same_in_pieces_of_any_size(tmp_path_factory, chunk):
     path = two_steps().write(tmp_path_factory.getbasetemp() / "pieces.json")
     with pytest.MonkeyPatch.context() as patch:
         whole = timeline.read(path)
-        patch.setattr(timeline, "CHUNK_BYTES", chunk)
+        patch.setattr(_timeline_file, "CHUNK_BYTES", chunk)
         same_rows(timeline.read(path), whole)
 
 

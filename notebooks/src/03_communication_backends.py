@@ -293,7 +293,7 @@ against_mpi[["size_bytes", "speedup", "low", "high", "least", "most", "turns"]].
 # %% [markdown]
 # The table gives the speed of oneCCL's ring relative to MPI's, turn by turn: the median, the quartiles, the least and the most. For small tensors the ring takes up to a third longer, which is some 50 µs; with a cycle of 1 ms nobody would notice. Somewhere around a megabyte they meet, and for large tensors the ring wins clearly.
 #
-# Gloo, which sends everything through TCP even between two processes of one machine, is slowest throughout: some thirty times slower than MPI at 4 kB, a few times slower than the ring at 64 MB. Compare this with what you guessed. (Why it needs milliseconds for 4 kB we did not find out; a plain exchange over TCP takes a fiftieth of that.)
+# Gloo, which sends everything through TCP even between two processes of one machine, is slowest throughout: some thirty times slower than MPI at 4 kB, a few times slower than the ring at 64 MB. Compare this with what you guessed. (Why it needs milliseconds even for 4 kB we did not find out.)
 #
 # ### Why oneCCL needs to be told
 #
