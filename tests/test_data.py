@@ -51,9 +51,7 @@ def theory_in_shells(size, parameters):
     """The theory averaged over the same modes as `volumes.power_spectrum`."""
     squared, copies = volumes._wave_numbers(size)
     curve = np.zeros(squared.shape)
-    curve[squared > 0] = volumes.theory(
-        np.sqrt(squared[squared > 0]) * 2 * np.pi / volumes.BOX_MPC_H, parameters
-    )
+    curve[squared > 0] = volumes.theory(np.sqrt(squared[squared > 0]) * 2 * np.pi / volumes.BOX_MPC_H, parameters)
     shell = np.rint(np.sqrt(squared)).astype(int).ravel()
     total = np.bincount(shell, (copies * curve).ravel()) / np.bincount(shell, copies.ravel())
     return total[1 : size // 2]
@@ -61,8 +59,7 @@ def theory_in_shells(size, parameters):
 
 def spectra(size, parameters, count):
     tables = [
-        volumes.power_spectrum(volumes.lognormal(size, parameters, np.random.default_rng([7, i])))
-        for i in range(count)
+        volumes.power_spectrum(volumes.lognormal(size, parameters, np.random.default_rng([7, i]))) for i in range(count)
     ]
     return tables[0], np.array([table["power_mpc3_per_h3"] for table in tables])
 

@@ -179,9 +179,10 @@ def test_ranks_search_one_study_and_a_second_call_goes_on(world2, tmp_path):
     second = search(PLAIN, SPACE, world2, trials=12, task=TASK, path=tmp_path)
     assert 12 <= len(second) <= 13 and set(first["trial"]) < set(second["trial"])
     best = second.iloc[0]
-    assert best["state"] == "complete" and best["validation_error"] == second.query("state == 'complete'")[
-        "validation_error"
-    ].min()
+    assert (
+        best["state"] == "complete"
+        and best["validation_error"] == second.query("state == 'complete'")["validation_error"].min()
+    )
     assert len(search(PLAIN, SPACE, None, trials=12, task=TASK, path=tmp_path)) == len(second)  # nothing left to do
 
 
@@ -190,6 +191,17 @@ def test_bad_trials_are_pruned(tmp_path):
     pruned = table[table["state"] == "pruned"]
     assert len(pruned) and (pruned["epochs"] <= PLAIN.epochs).all()
     assert pruned["validation_error"].min() > table.iloc[0]["validation_error"]
+
+
+def test_one_rank_tries_the_same_settings_in_each_search_and_others_when_it_goes_on(tmp_path):
+    def rates(trials, folder):
+        table = search(
+            PLAIN, {"base_rate": (0.01, 1.0)}, None, trials=trials, seeds=[0], task=TASK, path=tmp_path / folder
+        )
+        return table.sort_values("trial")["base_rate"].tolist()
+
+    assert rates(2, "first") == rates(2, "second")
+    assert len(set(rates(4, "first"))) == 4
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ class Recipe:
         """The learning rate at a moment of the training, in epochs from its start."""
         epoch, peak = np.asarray(epoch, float), self.peak_rate
         if self.decay == "cosine":
-            length = max(self.epochs - self.warmup_epochs, np.finfo(float).tiny)
+            length = max(self.epochs - self.warmup_epochs, 1e-9)
             done = np.clip((epoch - self.warmup_epochs) / length, 0, 1)
             rate = peak * (1 + np.cos(np.pi * done)) / 2
         else:

@@ -42,7 +42,8 @@ def search(
     """Look for the settings of a recipe with which it errs least on the validation images.
 
     Each rank takes trials until there are `trials` in the study; a trial trains `seeds` side by side, and is pruned
-    at an epoch at which it is worse than the median of the others.
+    at an epoch at which it is worse than the median of the others.  One rank tries the same settings in each search
+    of its own; which rank of several takes the next trial is a matter of time.
 
     Parameters
     ----------
@@ -71,8 +72,8 @@ def search(
     with contextlib.ExitStack() as stack:
         folder = Path(path) if path is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        _study(folder, 0)  # made before the ranks ask for it
-        arguments = (recipe, dict(space), trials, tuple(seeds), task, folder)
+        begun = len(_study(folder, 0).get_trials(deepcopy=False))  # and the study is there before the ranks ask for it
+        arguments = (recipe, dict(space), trials, tuple(seeds), task, folder, begun)
         if world is None:
             work(*arguments)
         else:
@@ -108,14 +109,14 @@ def _study(folder: Path, seed: int) -> optuna.Study:
     )
 
 
-def work(recipe: Recipe, space: Space, trials: int, seeds: Sequence[int], task: Any, folder: Path) -> None:
-    """What each rank does."""
+def work(recipe: Recipe, space: Space, trials: int, seeds: Sequence[int], task: Any, folder: Path, begun: int) -> None:
+    """What each rank does, in a study in which `begun` trials were begun before."""
     import optuna
 
     from nurion_utils.large_batch import lanes
 
     rank = int(os.environ.get("PMI_RANK", 0))
-    study = _study(folder, seed=os.getpid())
+    study = _study(folder, seed=1000 * rank + begun)  # a search that goes on must not draw the same settings again
     tell = meter(trials if rank == 0 else 0, "searching")
 
     def objective(trial: optuna.Trial) -> float:
