@@ -51,6 +51,12 @@ def test_resnet_50_is_the_one_of_imagenet():
     assert (model.input_shape, model.output_shape) == ((None, 224, 224, 3), (None, 1000))
 
 
+def test_the_mobile_net_has_many_small_gradients():
+    lengths = [variable.size for variable in models.mobilenet().trainable_variables]
+    assert len(lengths) == 158 and sum(lengths) == 408_938
+    assert sum(length < 4096 for length in lengths) == 143
+
+
 @pytest.mark.parametrize("model", [models.cosmoflow_small(16), models.mlp()], ids=["cosmoflow_small", "mlp"])
 def test_an_answer_does_not_depend_on_the_rest_of_the_batch(model):
     x = np.random.default_rng(0).normal(size=(4, *model.input_shape[1:])).astype("float32")

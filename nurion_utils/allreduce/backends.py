@@ -61,6 +61,10 @@ BACKENDS = {
     "oneCCL ring": Backend("CCL", {"CCL_ALLREDUCE": "ring"}),
 }
 
+# The Gloo of this Horovod gives up the core where Gloo as it is shipped polls for a lock that another thread of the
+# same rank holds; see tools/horovod_wheel.py.  This one polls.
+GLOO_AS_SHIPPED = Backend("GLOO", {"NURION_GLOO_SPINS": "1"})
+
 
 class BackendError(RuntimeError):
     """This build of Horovod, or this process, cannot run the backend; the message says why, and what would."""
@@ -68,7 +72,7 @@ class BackendError(RuntimeError):
 
 # -- on a rank ----------------------------------------------------------------------------------------------------
 
-_oneccl: Backend | None = None  # what this process has run oneCCL with
+_settled: dict[str, Mapping[str, str]] = {}  # what this process has run oneCCL or Gloo with, by operations
 _has_searched = False
 _before: dict[str, str | None] = {}  # the environment as it was before `init`
 
@@ -102,8 +106,8 @@ def init(
     Raises
     ------
     BackendError
-        This build lacks the backend, or this process cannot change to it: Gloo goes with no other, oneCCL reads its
-        settings once, and a search does not end with Horovod. `World.restart` gives fresh processes.
+        This build lacks the backend, or this process cannot change to it: Gloo goes with no other, it and oneCCL read
+        their settings once, and a search does not end with Horovod. `World.restart` gives fresh processes.
     ValueError
         An argument is not possible; nothing was changed.
 
@@ -125,11 +129,12 @@ def init(
     import horovod.tensorflow as hvd
     from mpi4py import MPI  # before Horovod, which would otherwise end MPI with itself
 
-    global _oneccl, _has_searched
+    global _has_searched
     if hvd.mpi_enabled() if backend.operations == "GLOO" else hvd.gloo_enabled():
         raise BackendError("Gloo and other backends cannot take turns in one process; use ranks of their own for Gloo")
-    if backend.operations == "CCL" and _oneccl is not None and _oneccl.env != backend.env:
-        raise BackendError("oneCCL reads its settings once in a process; use fresh ranks to change them")
+    if _settled.get(backend.operations, backend.env) != backend.env:
+        name = "oneCCL" if backend.operations == "CCL" else "Gloo"
+        raise BackendError(f"{name} reads its settings once in a process; use fresh ranks to change them")
     used = hvd.mpi_enabled() or hvd.gloo_enabled()
     if _has_searched or autotune_log is not None and used:
         raise BackendError("Horovod's search needs ranks that nothing else has used: call world.restart() first")
@@ -148,12 +153,13 @@ def init(
     with contextlib.ExitStack() as stack:
         if backend.operations == "CCL":
             settings["CCL_WORKER_AFFINITY"] = os.environ.get("CCL_WORKER_AFFINITY") or _worker_cores(MPI.COMM_WORLD)
-            _oneccl = backend
         if backend.operations == "GLOO":
             settings |= stack.enter_context(_rendezvous(MPI.COMM_WORLD))
         _before.update({name: os.environ.get(name) for name in settings})
         _set_environment(settings)
         _has_searched = autotune_log is not None
+        if backend.operations != "MPI":
+            _settled[backend.operations] = backend.env
         hvd.init()
 
 

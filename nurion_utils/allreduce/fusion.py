@@ -1,11 +1,10 @@
-"""Many small tensors: what packing them together, Horovod's clock, compression and tracing do to their time."""
+"""Training with many small gradients: what packing, Horovod's clock, compression and tracing do to a step."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +12,16 @@ import numpy as np
 
 from nurion_utils._checks import positive, whole_number
 from nurion_utils.allreduce.backends import init, named, shutdown
+from nurion_utils.training import models
 
 if TYPE_CHECKING:
+    import keras
     import pandas as pd
 
     from nurion_utils.ranks import World
 
 DEFAULTS = {"fusion_bytes": 128 << 20, "cycle_ms": 1.0, "compression": "none", "timeline": False}
-SHAPES = ((64, 64), (64,)) * 100  # weights and biases of a hundred small layers: 200 tensors, 1.66 MB in all
-BLOCK_S = 0.1
+BLOCK_S = 0.15  # steps are repeated until a block of them can be timed
 
 # How long Horovod's search takes: points to throw away, steps of a sample (a point is the median of five), points to
 # try. Its own defaults, 3, 10 and 20, come to about 1200 steps. They are read when Horovod is loaded.
@@ -35,11 +35,15 @@ SHORT_SEARCH = {
 def sweep(
     world: World,
     settings: Sequence[Mapping[str, Any]],
-    shapes: Sequence[Sequence[int]] = SHAPES,
+    model: Callable[[], keras.Model] = models.mobilenet,
+    batch: int = 4,
     backend: str = "MPI",
     repeats: int = 5,
 ) -> pd.DataFrame:
-    """Time the averaging of many float32 tensors, each submitted by itself, under several settings in turn.
+    """Time the steps of a training under several settings of Horovod in turn.
+
+    A step computes the gradients of the mean square of a model's outputs for random inputs, and averages them over
+    the ranks, each gradient submitted by itself as soon as it is there. The weights are left as they are.
 
     Parameters
     ----------
@@ -48,8 +52,10 @@ def sweep(
     settings
         Each a dictionary with some of ``fusion_bytes``, ``cycle_ms`` (see `backends.init`), ``compression`` ("none" or
         "fp16") and ``timeline`` (whether Horovod writes one); what is left out has Horovod's default.
-    shapes
-        Shapes of the tensors.
+    model
+        Builds the model on every rank; it has one input and one output.
+    batch
+        Samples per rank and step.
     backend
         Name in `backends.BACKENDS`.
     repeats
@@ -59,17 +65,20 @@ def sweep(
     -------
     pandas.DataFrame
         One row per observation: ``setting`` (its number), ``fusion_bytes, cycle_ms, compression, timeline, repeat``;
-        ``time_s``, until the slowest rank has all averages.
+        ``step_s``, of the slowest rank; ``compute_s``, the same without Horovod, measured just before;
+        ``gradient_bytes`` of a step.
 
     Raises
     ------
     ValueError
         A setting is not possible; nothing ran.
+    RankError
+        A rank raised, such as for a wrong average.
     """
     import pandas as pd
 
     whole_number(repeats, "repeats")
-    shapes, (carrier,) = _as_tuples(shapes), named([backend]).values()
+    batch, (carrier,) = whole_number(batch, "batch"), named([backend]).values()
     if not len(settings):
         raise ValueError("at least one setting is needed, such as {} for Horovod's defaults")
     complete = []
@@ -83,90 +92,113 @@ def sweep(
             raise ValueError(f"compression must be 'none' or 'fp16', not {setting['compression']!r}")
         if complete[-1]["compression"] == "fp16" and carrier.operations == "CCL":
             raise ValueError("Horovod cannot reduce float16 over oneCCL; use MPI or Gloo, or compression='none'")
-    rows = []
-    for repeat in range(repeats):
-        for turn in range(len(complete)):
-            number = (turn + repeat) % len(complete)
-            time_s = world.run(_timed, backend, complete[number], shapes, timeout_s=120)[0]
-            rows.append({"setting": number, **complete[number], "repeat": repeat, "time_s": time_s})
+    turns = [((turn + repeat) % len(complete), repeat) for repeat in range(repeats) for turn in range(len(complete))]
+    in_turn = [complete[number] for number, _ in turns]
+    times = world.run(_swept, model, batch, backend, in_turn, timeout_s=120 + 10 * len(turns))[0]
+    rows = [
+        {"setting": number, **complete[number], "repeat": repeat, **observed}
+        for (number, repeat), observed in zip(turns, times, strict=True)
+    ]
     return pd.DataFrame(rows).sort_values(["setting", "repeat"], ignore_index=True)
 
 
 def autotune(
-    world: World, shapes: Sequence[Sequence[int]] = SHAPES, backend: str = "MPI", steps: int = 200
+    world: World,
+    model: Callable[[], keras.Model] = models.mobilenet,
+    batch: int = 4,
+    backend: str = "MPI",
+    steps: int = 200,
 ) -> pd.DataFrame:
-    """Have Horovod search its fusion threshold and cycle time while it averages the tensors again and again.
+    """Have Horovod search its fusion threshold and cycle time in a training, whose steps are those of `sweep`.
 
     Parameters
     ----------
     world
         Fresh ranks, which are of no other use afterwards: Horovod searches only for what was never set in a process,
         and goes on searching. Start them with ``env=SHORT_SEARCH`` for a search of about 200 steps.
-    shapes
-        Shapes of the tensors.
-    backend
-        Name in `backends.BACKENDS`.
+    model, batch, backend
+        As for `sweep`.
     steps
-        How often to average them all.
+        How many steps to train.
 
     Returns
     -------
     pandas.DataFrame
-        One row per point in the order of the search: ``point, fusion_mb`` (2^20 bytes), ``cycle_ms, score``
-        (bytes per microsecond, as Horovod reckons it). Once the search has ended, a last row repeats its best.
+        One row per point in the order of the search: ``point, fusion_mb`` (2^20 bytes), ``cycle_ms, score`` (bytes of
+        gradients per microsecond of training, as Horovod reckons it). Once the search has ended, a last row repeats
+        its best.
     """
     import pandas as pd
 
-    whole_number(steps, "steps")
+    steps, batch = whole_number(steps, "steps"), whole_number(batch, "batch")
     named([backend])
-    table = world.run(_searched, backend, _as_tuples(shapes), steps, timeout_s=300)[0]
+    table = world.run(_searched, model, batch, backend, steps, timeout_s=300)[0]
     table = pd.DataFrame(table, columns=["cycle_ms", "fusion_mb", "score"])
     return table.rename_axis("point").reset_index()[["point", "fusion_mb", "cycle_ms", "score"]]
 
 
-def _as_tuples(shapes: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    if not len(shapes):
-        raise ValueError("at least one shape is needed, such as (64, 64)")
-    return tuple(tuple(whole_number(length, "a length in a shape") for length in shape) for shape in shapes)
-
-
-def _timed(backend: str, setting: dict[str, Any], shapes: tuple) -> float:
-    """On every rank: seconds until all tensors are averaged, on the slowest rank."""
+def _swept(
+    model: Callable[[], keras.Model], batch: int, backend: str, settings: list[dict[str, Any]]
+) -> list[dict[str, float]]:
+    """On every rank: an observation per setting, in their order; times are those of the slowest rank."""
+    import tensorflow as tf
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    step, tensors = _step(shapes, setting["compression"])
+    compute, average = _step_of(model, batch, comm.rank)
+    steps: dict[str, Callable] = {}
 
-    def block(calls: int) -> float:
+    def block(step: Callable, calls: int) -> float:
         comm.Barrier()
         begin_s = time.perf_counter()
         for _ in range(calls):
-            averages = step(tensors)
-        time_s = (time.perf_counter() - begin_s) / calls
-        if not np.allclose(averages[0], (comm.size - 1) / 2):
-            raise ArithmeticError(f"the average of ranks 0 to {comm.size - 1} is not {averages[0].numpy().ravel()[0]}")
-        return comm.allreduce(time_s, op=MPI.MAX)
+            step()
+        return comm.allreduce((time.perf_counter() - begin_s) / calls, op=MPI.MAX)
 
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory, "timeline.json") if setting["timeline"] else None
-        init(backend, cycle_ms=setting["cycle_ms"], fusion_bytes=setting["fusion_bytes"], timeline=file)
-        block(2)
-        time_s = block(int(np.clip(BLOCK_S / block(1), 1, 100)))
-        shutdown()
-    return time_s
+    def timed(step: Callable) -> float:
+        block(step, 2)
+        return block(step, int(np.clip(BLOCK_S / block(step, 1), 1, 100)))
+
+    @tf.function
+    def only_compute() -> list[tf.Tensor]:
+        return compute()
+
+    observed = []
+    for setting in settings:
+        compression = setting["compression"]
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory, "timeline.json") if setting["timeline"] else None
+            compute_s = timed(only_compute)
+            init(backend, cycle_ms=setting["cycle_ms"], fusion_bytes=setting["fusion_bytes"], timeline=file)
+            if compression not in steps:
+                steps[compression] = average(compression)
+            step_s = timed(steps[compression])
+            own, averages = steps[compression]()
+            shutdown()
+        _require_average(comm, own[-1].numpy(), averages[-1].numpy())
+        gradient_bytes = sum(gradient.shape.num_elements() * gradient.dtype.size for gradient in own)
+        observed.append({"step_s": step_s, "compute_s": compute_s, "gradient_bytes": gradient_bytes})
+    return observed
 
 
-def _searched(backend: str, shapes: tuple, steps: int) -> list[tuple[float, float, float]]:
+def _require_average(comm: Any, own: np.ndarray, average: np.ndarray) -> None:
+    """ArithmeticError unless Horovod's average is that of MPI, within what float16 can tell apart."""
+    expected = comm.allreduce(own.astype(float)) / comm.size
+    if not np.allclose(average, expected, rtol=1e-2, atol=1e-2 * abs(expected).max()):
+        raise ArithmeticError(f"Horovod's average of a gradient is off by {abs(average - expected).max():.2g}")
+
+
+def _searched(model: Callable[[], keras.Model], batch: int, backend: str, steps: int) -> list[tuple]:
     """On every rank: the rows of the log that rank 0 wrote."""
     import pandas as pd
     from mpi4py import MPI
 
-    step, tensors = _step(shapes, "none")
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "autotune.csv")
         init(backend, cycle_ms=None, fusion_bytes=None, autotune_log=file)
+        step = _step_of(model, batch, MPI.COMM_WORLD.rank)[1]("none")
         for _ in range(steps):
-            step(tensors)
+            step()
         shutdown()
         rows = []
         if MPI.COMM_WORLD.rank == 0:
@@ -175,17 +207,30 @@ def _searched(backend: str, shapes: tuple, steps: int) -> list[tuple[float, floa
     return MPI.COMM_WORLD.bcast(rows)
 
 
-@lru_cache(maxsize=8)
-def _step(shapes: tuple, compression: str) -> tuple[Callable, list]:
+def _step_of(model: Callable[[], keras.Model], batch: int, rank: int) -> tuple[Callable, Callable]:
+    """The gradients of this rank's batch, and what makes a step of them that also averages, given a compression."""
     import horovod.tensorflow as hvd
+    import keras
     import tensorflow as tf
-    from mpi4py import MPI
 
-    tensors = [tf.fill(shape, float(MPI.COMM_WORLD.rank)) for shape in shapes]
-    how = {"op": hvd.Average, "compression": getattr(hvd.Compression, compression)}
+    keras.utils.set_random_seed(1)  # equal weights on all ranks, other samples on each
+    network = model()
+    random = np.random.default_rng(rank)
+    x = tf.constant(random.random((batch, *network.input_shape[1:])), tf.float32)
 
-    @tf.function
-    def step(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
-        return [hvd.allreduce(tensor, name=f"tensor_{i}", **how) for i, tensor in enumerate(tensors)]
+    def gradients() -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(network(x, training=True)))
+        return tape.gradient(loss, network.trainable_variables)
 
-    return step, tensors
+    def step(compression: str) -> Callable:
+        how = {"op": hvd.Average, "compression": getattr(hvd.Compression, compression)}
+
+        @tf.function
+        def gradients_and_averages() -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+            own = gradients()
+            return own, [hvd.allreduce(gradient, name=f"gradient_{i}", **how) for i, gradient in enumerate(own)]
+
+        return gradients_and_averages
+
+    return gradients, step
