@@ -110,6 +110,7 @@ def main() -> None:
         "--timeout=60",
         "--IPEngine.enable_nanny=False",  # the guardian watches; saves one Python process per rank
         "--IPEngine.max_heartbeat_misses=0",  # nor need a rank suspect that the controller is gone
+        "--IPEngine.startup_command=__import__('nurion_utils._engine')._engine.name_stalls(get_ipython())",
         "--log-level=ERROR",
     ]
     IPEngine.launch_instance()
@@ -195,6 +196,34 @@ def end_of_horovods_log() -> BinaryIO:
         return io.BytesIO()
     log.seek(0, os.SEEK_END)
     return log
+
+
+def name_stalls(shell: Any) -> None:
+    """Have %%px cells say which rank Horovod has waited for in vain; for `call` the notebook's side says it."""
+    log, show = end_of_horovods_log(), shell.showtraceback
+    named: list[RuntimeError] = []
+
+    def begin() -> None:
+        named.clear()
+        log.seek(0, os.SEEK_END)
+
+    def showtraceback(exc_tuple: Any = None, *args: Any, **settings: Any) -> None:
+        kind, error, trace = exc_tuple or sys.exc_info()
+        if HOROVOD_ENDED in str(error):
+            from nurion_utils import _report
+
+            if story := _report.stall(log.read().decode(errors="replace")):
+                kind, error = RuntimeError, RuntimeError(story)
+                named.append(error)
+        show((kind, error, trace), *args, **settings)
+
+    def end(result: Any) -> None:
+        if named:
+            result.error_in_exec = named[0]  # what the notebook is answered
+
+    shell.events.register("pre_execute", begin)
+    shell.events.register("post_run_cell", end)
+    shell.showtraceback = showtraceback
 
 
 def is_complete(path: Path) -> bool:

@@ -74,7 +74,8 @@ def raised(errors: dict[int, Any], n: int) -> str:
         trace = "".join(traceback.StackSummary.from_list(frames).format()) + what
     else:
         trace = getattr(error, "traceback", what)
-    story = _stalled(errors) or f"rank {rank} of {n} raised {what}{others}"
+    logs = [getattr(error, "horovods_log", "") for error in errors.values()]
+    story = next(filter(None, map(stall, logs)), "") or f"rank {rank} of {n} raised {what}{others}"
     return f"{story}\n--- traceback of rank {rank} ---\n{trace}"
 
 
@@ -85,9 +86,9 @@ def _what(error: Any) -> str:
     return f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
 
 
-def _stalled(errors: dict[int, Any]) -> str:
-    """One sentence on the ranks that Horovod has waited for in vain, if that is why it ended."""
-    found = [stall for error in errors.values() for stall in STALL.findall(getattr(error, "horovods_log", ""))]
+def stall(horovods_log: str) -> str:
+    """One sentence on the ranks that Horovod has waited for in vain, if that is why it ended; else nothing."""
+    found = STALL.findall(horovods_log)
     if not found:
         return ""
     lines, wait_s = found[-1]

@@ -151,3 +151,24 @@ def test_an_earlier_stall_is_not_blamed_for_a_later_end_of_horovod(world):
     message = failure(world, leave)
     assert "never submitted" not in message
     assert "Horovod has" in message
+
+
+CELL = """
+import horovod.tensorflow as hvd, tensorflow as tf
+if hvd.rank() != 1:
+    tf.function(lambda: hvd.allreduce(tf.ones(3), op=hvd.Sum, name="of_a_cell"))()
+"""
+
+
+def test_a_cell_names_the_rank_too_and_blames_no_earlier_stall(world):
+    def run(cell: str) -> str:
+        with pytest.raises(Exception) as caught:
+            world.client[:].execute(cell, silent=False).get(timeout=60)  # as %%px does
+        return str(caught.value)
+
+    answer = run(CELL)
+    assert answer.count(SENTENCE.format("rank 1", "'of_a_cell'")) == 2  # ranks 0 and 2 waited
+    assert "UnknownError" not in answer
+    world.run(start)
+    answer = run(CELL.replace("if hvd.rank() != 1:", "if hvd.rank() == 1: hvd.shutdown()\nelse:"))
+    assert "never submitted" not in answer and "Horovod has" in answer
