@@ -198,7 +198,9 @@ class World:
             # A rank answers calls from its second heartbeat on, so they come quickly; but that a rank is dead
             # is for the watcher to say: a machine too busy for heartbeats must not lose its ranks.
             *["--HeartMonitor.period=200", "--HeartMonitor.max_heartmonitor_misses=1000000000"],
-            *["--TaskScheduler.scheme_name=none", "--IPController.broadcast_scheduler_depth=0"],
+            # Nobody uses the scheduler of tasks, but all ranks connect to its ports: with none there, they would
+            # try for ever, and be taken for a peer by whoever is given that port next, such as Gloo.
+            *["--TaskScheduler.scheme_name=pure", "--IPController.broadcast_scheduler_depth=0"],
         ]
         engines = [
             # MPICH's launcher for one machine: it forks the ranks itself and, unlike Hydra, opens no port
@@ -237,6 +239,7 @@ class World:
         while not is_complete(connection_file):
             self._check_start(deadline)
         self._client = ipyparallel.Client(str(connection_file), timeout=START_TIMEOUT_S)
+        self._client._task_scheme = "none"  # else it would warn, at each end of a rank, that tasks cannot be farmed
         self._resources.callback(self._client.close, linger=0)
         self._resources.callback(_answer_all, self._client, STOPPED_AT_WORK)
         while len(self._client) < self.n:

@@ -42,14 +42,14 @@ def reduced(backend: str, dtype: str, seed: int) -> list[tuple[np.ndarray, np.nd
     return pairs
 
 
-def started_and_ended(backend: str, **settings) -> dict[str, str]:
-    """On every rank: what is left in the environment of it."""
+def started_and_ended(backend: str, **settings) -> set[str]:
+    """On every rank: what the environment is different in afterwards."""
     import os
 
     before = dict(os.environ)
     backends.init(backend, **settings)
     backends.shutdown()
-    return {name: value for name, value in os.environ.items() if before.get(name) != value}
+    return {name for name in {*before, *os.environ} if before.get(name) != os.environ.get(name)}
 
 
 def assert_sums(world: ranks.World, backend: str) -> None:
@@ -96,8 +96,8 @@ def test_a_process_that_ran_oneccl_refuses_other_settings_of_it(world3):
 
 
 def test_the_environment_is_afterwards_what_it_was(world3, tmp_path):
-    assert world3.run(partial(started_and_ended, timeline=tmp_path / "t.json"), "MPI") == [{}] * 3
-    assert world3.run(started_and_ended, "oneCCL ring") == [{}] * 3
+    assert world3.run(partial(started_and_ended, timeline=tmp_path / "t.json"), "MPI") == [set()] * 3
+    assert world3.run(started_and_ended, "oneCCL ring") == [set()] * 3
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,7 @@ def test_the_environment_is_afterwards_what_it_was(world3, tmp_path):
         ({"cycle_ms": 0}, "cycle_ms must be a number above 0"),
         ({"fusion_bytes": -1}, "fusion_bytes must be a whole number from 0"),
         ({"timeline": "/no/such/place/t.json"}, "there is no directory /no/such/place"),
+        ({"timeline": True}, "are names of files, not True"),
         ({"autotune_log": "a.csv"}, "there is nothing to search"),
     ],
 )
@@ -209,6 +210,12 @@ def test_the_build_is_asked_whether_it_has_a_backend(monkeypatch):
         ({"cycles_ms": 1.0}, "cycles_ms must be a list"),
         ({"backends": {"mine": Backend("CCL", {"CCL_WORKER_COUNT": 1})}}, "environment variables are strings"),
         ({"env": backends.KEEP_MEMORY, "rate_mbit": 100}, "leave out env or rate_mbit"),
+        ({"env": "abc"}, "env must be a dictionary"),
+        ({"rate_mbit": 0}, "rate_mbit must be a number above 0"),
+        ({"sizes_bytes": [4, 4]}, "given twice"),
+        ({"backends": [Backend("MPI")]}, "backends of your own need names"),
+        ({"backends": {"mine": Backend("NCCL")}}, "the operations of a backend are 'MPI', 'GLOO' or 'CCL'"),
+        ({"backends": {"mine": Backend("MPI", {"HOROVOD_CYCLE_TIME": "5"})}}, "is set by an argument of init"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_starts(arguments, words):
@@ -300,7 +307,9 @@ def test_settings_are_swept_in_turn_on_real_ranks(world2):
         ([{}, {"cycle_ms": 0}], "MPI", "cycle_ms must be a number above 0"),
         ([{"fusion_bytes": -1}], "MPI", "fusion_bytes must be a whole number from 0"),
         ([{}], "NCCL", "there is no backend 'NCCL'"),
-        ([], "MPI", "at least one setting is needed"),
+        ([], "MPI", "settings must be a list such as"),
+        (None, "MPI", "settings must be a list such as"),
+        ([{}], Backend("MPI"), "backends of your own need names"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_runs(settings, backend, words):
@@ -311,7 +320,7 @@ def test_settings_that_cannot_be_are_refused_before_anything_runs(settings, back
 def test_horovods_own_search_runs_and_its_log_is_read():
     with ranks.start(2, env=fusion.SHORT_SEARCH) as world:
         log = fusion.autotune(world, models.mlp, steps=100)
-        with pytest.raises(ranks.RankError, match="needs ranks that nothing else has used"):
+        with pytest.raises(ranks.RankError, match="Horovod goes on searching in this process"):
             fusion.autotune(world, models.mlp, steps=1)
     assert list(log) == ["point", "fusion_mb", "cycle_ms", "score"]
     assert len(log) >= 5 and (log["score"] > 0).all()

@@ -1,8 +1,10 @@
 """Ranks keep their promises to a program: results, errors that name the rank, nothing that hangs."""
 
 import contextlib
+import json
 import os
 import pty
+import socket
 import stat
 import subprocess
 import sys
@@ -40,6 +42,16 @@ def test_results_come_in_rank_order_and_the_rank_is_the_engine_id(world4: ranks.
 
 def test_ranks_are_one_mpi_world(world4: ranks.World) -> None:
     assert world4.run(allreduce, 1) == [4] * 4
+
+
+def test_no_port_that_ranks_connect_to_is_left_for_others_to_take(world2: ranks.World) -> None:
+    for name in ("client", "engine"):
+        file = world2._directory / "profile" / "security" / f"ipcontroller-{name}.json"
+        ports = [port for value in json.loads(file.read_text()).values() for port in np.ravel(value)]
+        ports = [int(port) for port in ports if isinstance(port, np.integer)]
+        assert len(ports) > 6
+        for port in ports:
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()  # somebody listens
 
 
 def test_lambdas_closures_and_functions_that_call_others_travel(world2: ranks.World) -> None:

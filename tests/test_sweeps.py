@@ -189,7 +189,7 @@ def test_ranks_search_one_study_and_a_second_call_goes_on(world2, tmp_path):
 def test_bad_trials_are_pruned(tmp_path):
     table = search(PLAIN, {"base_rate": (1e-6, 1.0)}, None, trials=16, task=TASK, path=tmp_path)
     pruned = table[table["state"] == "pruned"]
-    assert len(pruned) and (pruned["epochs"] <= PLAIN.epochs).all()
+    assert len(pruned) and (pruned["epochs"] < PLAIN.epochs).any()
     assert pruned["validation_error"].min() > table.iloc[0]["validation_error"]
 
 
@@ -202,6 +202,24 @@ def test_one_rank_tries_the_same_settings_in_each_search_and_others_when_it_goes
 
     assert rates(2, "first") == rates(2, "second")
     assert len(set(rates(4, "first"))) == 4
+    with pytest.raises(RecipeError, match="holds a search with another space and seeds"):
+        search(PLAIN, {"base_rate": (0.1, 1.0)}, None, trials=2, seeds=[1], task=TASK, path=tmp_path / "first")
+
+
+def test_a_trial_trains_the_settings_that_the_table_names_or_says_why_it_cannot(tmp_path, monkeypatch):
+    trained = []
+
+    def train(task, runs, on_epoch):
+        trained.extend((recipe.warmup, recipe.warmup_epochs) for recipe, _ in runs)
+        return [{"validation_error": [50.0]} for _ in runs]
+
+    monkeypatch.setattr(lanes, "train", train)
+    space = {"warmup": ["none", "constant", "gradual"], "warmup_epochs": [0.0, 1.0]}
+    table = search(PLAIN, space, None, trials=12, seeds=[0], task=TASK, path=tmp_path).sort_values("trial")
+    ended = table[table["state"] == "complete"]
+    assert list(zip(ended["warmup"], ended["warmup_epochs"], strict=True)) == trained and len(trained) > 1
+    assert (table["state"] == "failed").eq(table["failure"].str.contains("a warm-up needs both")).all()
+    assert (table["state"] == "failed").any()
 
 
 @pytest.mark.parametrize(
@@ -212,6 +230,9 @@ def test_one_rank_tries_the_same_settings_in_each_search_and_others_when_it_goes
         ({"batch": [64]}, "batch is what the search is for"),
         ({"base_rate": (2.0, 1.0)}, "base_rate needs"),
         ({"momentum": []}, "momentum needs"),
+        ({"base_rate": (0.1, float("inf"))}, "base_rate needs two numbers"),
+        ({"optimizer": ("lars", "sgd")}, "optimizer needs two numbers .* or a list"),
+        ({"rule": [1, 2]}, "rule is one of"),
     ],
 )
 def test_a_space_that_is_none_is_refused(space, sentence):

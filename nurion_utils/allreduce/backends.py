@@ -72,6 +72,11 @@ class BackendError(RuntimeError):
 
 # -- on a rank ----------------------------------------------------------------------------------------------------
 
+# What `init` sets by its arguments, and a Backend therefore cannot
+ARGUMENTS = [
+    *["HOROVOD_CPU_OPERATIONS", "HOROVOD_CONTROLLER", "HOROVOD_CYCLE_TIME", "HOROVOD_FUSION_THRESHOLD"],
+    *["HOROVOD_TIMELINE", "HOROVOD_AUTOTUNE", "HOROVOD_AUTOTUNE_LOG"],
+]
 _settled: dict[str, Mapping[str, str]] = {}  # what this process has run oneCCL or Gloo with, by operations
 _has_searched = False
 _before: dict[str, str | None] = {}  # the environment as it was before `init`
@@ -93,7 +98,7 @@ def init(
         Name in `BACKENDS`, or one of your own making.
     cycle_ms
         How often Horovod looks for tensors to reduce, in milliseconds (HOROVOD_CYCLE_TIME; 1 is its default). None
-        leaves it at what it was in this process, or at the default.
+        leaves it at what it was in this process or is in its environment, or at the default.
     fusion_bytes
         Longest buffer that tensors are packed into (HOROVOD_FUSION_THRESHOLD; 128 MiB is its default). 0 packs none;
         None as above.
@@ -101,7 +106,7 @@ def init(
         File that rank 0 writes Horovod's timeline to. It is complete after `shutdown`.
     autotune_log
         File that rank 0 writes the log of Horovod's search for a good cycle time and fusion threshold to. It searches
-        for what is None here, and only in a process in which neither was set before.
+        for what is None here and not in the environment, and only in a process in which neither was set before.
 
     Raises
     ------
@@ -114,15 +119,21 @@ def init(
     Notes
     -----
     `shutdown` restores the environment.  After Gloo, Horovod must be started by this function again.  To Gloo each rank
-    is a host of its own, so ``hvd.local_rank()`` is 0 on all of them.
+    is a host of its own, so ``hvd.local_rank()`` is 0 on all of them, and no process set can be added while it runs.
     """
     backend = _known(backend)
     cycle = None if cycle_ms is None else f"{positive(cycle_ms, 'cycle_ms'):g}"
     threshold = None if fusion_bytes is None else str(whole_number(fusion_bytes, "fusion_bytes", 0))
     for file in (timeline, autotune_log):
+        if file is not None and not isinstance(file, str | os.PathLike):
+            raise ValueError(f"timeline and autotune_log are names of files, not {file!r}")
         if file is not None and not Path(file).absolute().parent.is_dir():
             raise ValueError(f"{file} cannot be written: there is no directory {Path(file).absolute().parent}")
-    if autotune_log is not None and None not in (cycle, threshold):
+    fixed = [
+        value is not None or name in os.environ
+        for name, value in (("HOROVOD_CYCLE_TIME", cycle), ("HOROVOD_FUSION_THRESHOLD", threshold))
+    ]
+    if autotune_log is not None and all(fixed):
         raise ValueError("with cycle_ms and fusion_bytes both set there is nothing to search: pass None for one")
     require_built(backend)
 
@@ -135,8 +146,9 @@ def init(
     if _settled.get(backend.operations, backend.env) != backend.env:
         name = "oneCCL" if backend.operations == "CCL" else "Gloo"
         raise BackendError(f"{name} reads its settings once in a process; use fresh ranks to change them")
-    used = hvd.mpi_enabled() or hvd.gloo_enabled()
-    if _has_searched or autotune_log is not None and used:
+    if _has_searched:
+        raise BackendError("Horovod goes on searching in this process: call world.restart() for other measurements")
+    if autotune_log is not None and (hvd.mpi_enabled() or hvd.gloo_enabled()):
         raise BackendError("Horovod's search needs ranks that nothing else has used: call world.restart() first")
 
     shutdown()
@@ -144,15 +156,16 @@ def init(
         **backend.env,
         "HOROVOD_CPU_OPERATIONS": backend.operations,
         "HOROVOD_CONTROLLER": "gloo" if backend.operations == "GLOO" else "mpi",
-        "HOROVOD_CYCLE_TIME": cycle,
-        "HOROVOD_FUSION_THRESHOLD": threshold,
+        **({} if cycle is None else {"HOROVOD_CYCLE_TIME": cycle}),
+        **({} if threshold is None else {"HOROVOD_FUSION_THRESHOLD": threshold}),
         "HOROVOD_TIMELINE": None if timeline is None else str(timeline),
         "HOROVOD_AUTOTUNE": None if autotune_log is None else "1",
         "HOROVOD_AUTOTUNE_LOG": None if autotune_log is None else str(autotune_log),
     }
     with contextlib.ExitStack() as stack:
-        if backend.operations == "CCL":
-            settings["CCL_WORKER_AFFINITY"] = os.environ.get("CCL_WORKER_AFFINITY") or _worker_cores(MPI.COMM_WORLD)
+        given = {**os.environ, **backend.env}
+        if backend.operations == "CCL" and not given.get("CCL_WORKER_AFFINITY"):
+            settings["CCL_WORKER_AFFINITY"] = _worker_cores(MPI.COMM_WORLD, int(given.get("CCL_WORKER_COUNT", 1)))
         if backend.operations == "GLOO":
             settings |= stack.enter_context(_rendezvous(MPI.COMM_WORLD))
         _before.update({name: os.environ.get(name) for name in settings})
@@ -194,9 +207,13 @@ def require_built(backend: str | Backend) -> None:
 
 
 def _known(backend: Any) -> Backend:
-    if isinstance(backend, Backend) and backend.operations in ("MPI", "GLOO", "CCL"):
+    if isinstance(backend, Backend):
+        if backend.operations not in ("MPI", "GLOO", "CCL"):
+            raise ValueError(f"the operations of a backend are 'MPI', 'GLOO' or 'CCL', not {backend.operations!r}")
         if not all(isinstance(text, str) for pair in backend.env.items() for text in pair):
             raise ValueError(f"environment variables are strings, not {dict(backend.env)!r}")
+        if own := [name for name in ARGUMENTS if name in backend.env]:
+            raise ValueError(f"{own[0]} is set by an argument of init, not by a backend")
         return backend
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"there is no backend {backend!r}; choose from {', '.join(BACKENDS)}, or make a Backend")
@@ -207,10 +224,12 @@ def named(backends: Sequence[str] | Mapping[str, Backend]) -> dict[str, Backend]
     """Backends by name; ValueError for what is none."""
     if isinstance(backends, str) or not isinstance(backends, Sequence | Mapping) or not len(backends):
         raise ValueError(f"backends are a list of names such as ['MPI', 'Gloo'], not {backends!r}")
+    if not all(isinstance(name, str) for name in backends):
+        raise ValueError("backends of your own need names: pass a dictionary such as {'mine': Backend('MPI')}")
     return {name: _known(backends[name] if isinstance(backends, Mapping) else name) for name in backends}
 
 
-def _worker_cores(comm: MPI.Comm) -> str:
+def _worker_cores(comm: MPI.Comm, workers: int) -> str:
     """The cores for the worker threads of oneCCL on this node: each rank's own, where ranks have cores of their own.
 
     Left to itself, oneCCL takes the last cores of the machine, which belong to other ranks.
@@ -219,9 +238,9 @@ def _worker_cores(comm: MPI.Comm) -> str:
 
     cores = sorted(os.sched_getaffinity(0))
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    of_node = node.allgather(cores[-1 - comm.rank % len(cores)])
+    of_node = node.allgather([cores[-1 - (comm.rank + worker) % len(cores)] for worker in range(workers)])
     node.Free()
-    return ",".join(map(str, of_node))
+    return ",".join(map(str, sum(of_node, [])))
 
 
 @contextlib.contextmanager

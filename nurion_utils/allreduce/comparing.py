@@ -32,7 +32,8 @@ T = TypeVar("T")
 BLOCK_S = 0.03  # short allreduces are repeated until a block of them can be timed
 MOST_CALLS = 50
 TIMEOUT_S = 300.0
-DIED = re.compile(r"was ended by|left its process|died")  # in the first line of a RankError
+# the first line of a RankError when ranks died, now or before
+DIED = re.compile(r"(^|because )(rank \d+|the controller) (was ended by|left its process|died)")
 
 
 def compare_backends(
@@ -97,6 +98,8 @@ def compare_backends(
     if isinstance(cycles_ms, str) or not isinstance(cycles_ms, Sequence) or not len(cycles_ms):
         raise ValueError(f"cycles_ms must be a list of cycle times in ms, such as [1.0], not {cycles_ms!r}")
     cycles = [positive(cycle, "a cycle time in ms") for cycle in cycles_ms]
+    if len(set(sizes)) < len(sizes) or len(set(cycles)) < len(cycles):
+        raise ValueError("a size or a cycle time is given twice; give each once, and more repeats")
 
     rows = []
     with Groups(chosen, ranks, env, rate_mbit, most_bytes=20 * max(sizes)) as groups:
@@ -174,6 +177,10 @@ class Groups:
     ):
         if env and rate_mbit is not None:
             raise ValueError("ranks of a network lab take no env: leave out env or rate_mbit")
+        if not isinstance(env or {}, Mapping):
+            raise ValueError(f"env must be a dictionary of environment variables, not {env!r}")
+        if rate_mbit is not None:
+            positive(rate_mbit, "rate_mbit")
         self.absent: dict[str, str] = {}
         self._backends = backends
         world = partial(ranks.start, n_ranks, env=dict(env or {}))
@@ -192,11 +199,15 @@ class Groups:
                 alike = backend.operations == "MPI" and not backend.env
                 host = oneccl if alike else backend  # in whose processes it runs
                 key = host and (host.operations, *sorted(host.env.items()))
-                if key not in shared:
-                    shared[key] = stack.enter_context(self._start())
-                self._admit(name, shared[key])
-                if name not in self._groups:  # and it may have taken its ranks with it
-                    shared.pop(key)
+                for _ in range(2):  # ranks may also die by accident
+                    if key not in shared:
+                        shared[key] = stack.enter_context(self._start())
+                    self._admit(name, shared[key])
+                    if name in self._groups:
+                        break
+                    shared.pop(key)  # it may have taken its ranks with it
+                    if not DIED.search(self.absent[name]):
+                        break
             self._stack = stack.pop_all()
         return self
 
@@ -212,24 +223,30 @@ class Groups:
                     yield repeat, name
 
     def run(self, name: str, function: Callable[..., T], *args: Any) -> list[T]:
-        """Run ``function(*args)`` on the ranks of a backend.
+        """Run ``function(*args)`` on the ranks of a backend, on new ones if they died.
 
         Returns
         -------
         list
-            Results in rank order; empty if the ranks died and new ones cannot run the backend, see `absent`.
+            Results in rank order; empty if new ranks could not run the backend, now or before, see `absent`.
 
         Raises
         ------
         RankError
             The function raised, did not end in time, or the new ranks died as well.
         """
+        if name not in self._groups:
+            return []
+        lost = self._groups[name]
         try:
-            return self._groups[name].run(function, *args, timeout_s=self._timeout_s)
+            return lost.run(function, *args, timeout_s=self._timeout_s)
         except RankError as error:
             if not DIED.search(str(error).splitlines()[0]):
                 raise
-        self._admit(name, self._stack.enter_context(self._start()))
+        lost.__exit__(None, None, None)  # its connections, too, or they would try its ports, now others', for ever
+        fresh = self._stack.enter_context(self._start())
+        for other in [other for other, group in self._groups.items() if group is lost]:
+            self._admit(other, fresh)
         if name not in self._groups:
             return []
         return self._groups[name].run(function, *args, timeout_s=self._timeout_s)
@@ -238,6 +255,7 @@ class Groups:
         """Have the group run the backend from now on, if it does."""
         backend = self._backends[name]
         self._groups.pop(name, None)
+        self.absent.pop(name, None)
         try:
             found = group.run(_what_runs, backend, timeout_s=self._timeout_s)[0]
         except RankError as error:

@@ -39,11 +39,12 @@ def sweep(
     batch: int = 4,
     backend: str = "MPI",
     repeats: int = 5,
+    timeout_s: float | None = 600.0,
 ) -> pd.DataFrame:
     """Time the steps of a training under several settings of Horovod in turn.
 
     A step computes the gradients of the mean square of a model's outputs for random inputs, and averages them over
-    the ranks, each gradient submitted by itself as soon as it is there. The weights are left as they are.
+    the ranks, each gradient submitted by itself as soon as it is there. The weights are not updated.
 
     Parameters
     ----------
@@ -60,6 +61,8 @@ def sweep(
         Name in `backends.BACKENDS`.
     repeats
         Turns of each setting.
+    timeout_s
+        After this time the ranks are ended; None waits without limit.
 
     Returns
     -------
@@ -79,8 +82,8 @@ def sweep(
 
     whole_number(repeats, "repeats")
     batch, (carrier,) = whole_number(batch, "batch"), named([backend]).values()
-    if not len(settings):
-        raise ValueError("at least one setting is needed, such as {} for Horovod's defaults")
+    if not isinstance(settings, Sequence) or not len(settings):
+        raise ValueError(f"settings must be a list such as [{{}}, {{'cycle_ms': 5.0}}], not {settings!r}")
     complete = []
     for setting in settings:
         if not isinstance(setting, Mapping) or set(setting) - set(DEFAULTS):
@@ -94,7 +97,7 @@ def sweep(
             raise ValueError("Horovod cannot reduce float16 over oneCCL; use MPI or Gloo, or compression='none'")
     turns = [((turn + repeat) % len(complete), repeat) for repeat in range(repeats) for turn in range(len(complete))]
     in_turn = [complete[number] for number, _ in turns]
-    times = world.run(_swept, model, batch, backend, in_turn, timeout_s=120 + 10 * len(turns))[0]
+    times = world.run(_swept, model, batch, backend, in_turn, timeout_s=timeout_s)[0]
     rows = [
         {"setting": number, **complete[number], "repeat": repeat, **observed}
         for (number, repeat), observed in zip(turns, times, strict=True)
@@ -108,6 +111,7 @@ def autotune(
     batch: int = 4,
     backend: str = "MPI",
     steps: int = 200,
+    timeout_s: float | None = 600.0,
 ) -> pd.DataFrame:
     """Have Horovod search its fusion threshold and cycle time in a training, whose steps are those of `sweep`.
 
@@ -116,7 +120,7 @@ def autotune(
     world
         Fresh ranks, which are of no other use afterwards: Horovod searches only for what was never set in a process,
         and goes on searching. Start them with ``env=SHORT_SEARCH`` for a search of about 200 steps.
-    model, batch, backend
+    model, batch, backend, timeout_s
         As for `sweep`.
     steps
         How many steps to train.
@@ -132,7 +136,7 @@ def autotune(
 
     steps, batch = whole_number(steps, "steps"), whole_number(batch, "batch")
     named([backend])
-    table = world.run(_searched, model, batch, backend, steps, timeout_s=300)[0]
+    table = world.run(_searched, model, batch, backend, steps, timeout_s=timeout_s)[0]
     table = pd.DataFrame(table, columns=["cycle_ms", "fusion_mb", "score"])
     return table.rename_axis("point").reset_index()[["point", "fusion_mb", "cycle_ms", "score"]]
 

@@ -51,6 +51,8 @@ def main() -> None:
     cores, linux = len(os.sched_getaffinity(0)), ".".join(platform.release().split(".")[:2])
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("horovod", "mpich", "oneccl-devel"))
     table = {"backends": backends, "epochs": resnet_epochs}[what]()
+    if table["absent"].any():
+        sys.exit(f"a recording must be complete, and it lacks: {table.loc[table['absent'] != '', 'absent'].iloc[0]}")
     source = f"recorded with {versions} and Linux {linux} on {cores} cores, {datetime.date.today()}"
     table.assign(source=source).to_csv(sys.stdout, index=False, float_format="%.6g")
 

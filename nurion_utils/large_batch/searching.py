@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -42,8 +44,8 @@ def search(
     """Look for the settings of a recipe with which it errs least on the validation images.
 
     Each rank takes trials until there are `trials` in the study; a trial trains `seeds` side by side, and is pruned
-    at an epoch at which it is worse than the median of the others.  One rank tries the same settings in each search
-    of its own; which rank of several takes the next trial is a matter of time.
+    at an epoch, from the third on, at which it is worse than the median of the others.  One rank tries the same
+    settings in each search of its own; which rank of several takes the next trial is a matter of time.
 
     Parameters
     ----------
@@ -51,28 +53,42 @@ def search(
         Settings of `Recipe` to choose: a tuple (low, high) of numbers, of which positive ones that span a factor of
         10 or more are drawn on a logarithmic scale, or a list of values.
     path
-        Folder of the study; a search that was ended goes on where it stopped.  None: nothing is kept.
+        Folder of the study; the same search, called again, goes on where it stopped.  None: nothing is kept.
 
     Returns
     -------
     pandas.DataFrame
         One row per trial, the best first: trial, state ("complete", "pruned", "failed"), validation_error (mean of
-        the seeds, in %, at the last epoch that was trained), epochs, rank, and the settings.
+        the seeds, in %, at the last epoch that was trained), epochs, rank, failure (why, if it failed), and the
+        settings.
 
     Raises
     ------
     RecipeError
-        A setting does not exist or its range is none; nothing was started.
+        A setting does not exist or its range is none, or `path` holds another search; nothing was started.
     """
     from nurion_utils.large_batch.tasks import DigitsTask
 
     require_space(recipe, space)
-    trials = whole_number(trials, "trials")
+    try:
+        trials, seeds = whole_number(trials, "trials"), [whole_number(seed, "a seed", least=0) for seed in seeds]
+    except (TypeError, ValueError) as error:
+        raise RecipeError(str(error)) from None
+    if not seeds:
+        raise RecipeError("a search needs seeds to train each trial with, such as (0, 1)")
     task = DigitsTask() if task is None else task
     with contextlib.ExitStack() as stack:
         folder = Path(path) if path is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = folder.resolve()  # for the ranks, which may stand elsewhere
         folder.mkdir(parents=True, exist_ok=True)
-        begun = len(_study(folder, 0).get_trials(deepcopy=False))  # and the study is there before the ranks ask for it
+        study = _study(folder, 0)  # there before the ranks ask for it
+        begun = len(study.get_trials(deepcopy=False))
+        asked = {"recipe": recipe.as_dict(), "space": {name: repr(values) for name, values in space.items()}}
+        asked = json.loads(json.dumps({**asked, "seeds": seeds, "task": repr(task)}, default=str))
+        if (known := study.user_attrs.get("asked", asked)) != asked:
+            other = " and ".join(name for name in asked if asked[name] != known[name])
+            raise RecipeError(f"{folder} holds a search with another {other}; give this one another path")
+        study.set_user_attr("asked", asked)
         arguments = (recipe, dict(space), trials, tuple(seeds), task, folder, begun)
         if world is None:
             work(*arguments)
@@ -90,8 +106,12 @@ def require_space(recipe: Recipe, space: Space) -> None:
         if name in ("batch", "epochs"):
             raise RecipeError(f"{name} is what the search is for, not what it chooses; set it in the recipe")
         numbers = isinstance(values, tuple) and len(values) == 2
+        numbers = numbers and all(isinstance(end, int | float) and math.isfinite(end) for end in values)
         if not (numbers and values[0] < values[1] or isinstance(values, list) and values):
-            raise RecipeError(f"{name} needs (low, high) or a list of values, not {values!r}")
+            raise RecipeError(f"{name} needs two numbers (low, high) or a list of values, not {values!r}")
+        if name not in ("warmup", "warmup_epochs"):  # these depend on each other
+            for value in values:
+                recipe.changed(**{name: value})  # RecipeError if it is impossible
 
 
 def _study(folder: Path, seed: int) -> optuna.Study:
@@ -122,7 +142,7 @@ def work(recipe: Recipe, space: Space, trials: int, seeds: Sequence[int], task: 
     def objective(trial: optuna.Trial) -> float:
         trial.set_user_attr("rank", rank)
         settings = {name: _suggest(trial, name, values) for name, values in space.items()}
-        if "warmup_epochs" in settings and recipe.warmup == "none":
+        if "warmup_epochs" in settings and "warmup" not in space and recipe.warmup == "none":
             settings["warmup"] = "gradual" if settings["warmup_epochs"] else "none"
         pruned = False
 
@@ -132,7 +152,12 @@ def work(recipe: Recipe, space: Space, trials: int, seeds: Sequence[int], task: 
             pruned = trial.should_prune()
             return pruned
 
-        results = lanes.train(task, [(recipe.changed(**settings), seed) for seed in seeds], on_epoch)
+        try:
+            chosen = recipe.changed(**settings)
+        except RecipeError as error:
+            trial.set_user_attr("failure", str(error))
+            raise
+        results = lanes.train(task, [(chosen, seed) for seed in seeds], on_epoch)
         if pruned:
             raise optuna.TrialPruned
         return float(np.mean([result["validation_error"][-1] for result in results]))
@@ -169,6 +194,7 @@ def read(folder: str | os.PathLike[str]) -> pd.DataFrame:
                     **{"trial": trial.number, "state": trial.state.name.lower().replace("fail", "failed")},
                     "validation_error": errors[max(errors)] if errors else np.nan,
                     **{"epochs": len(errors), "rank": trial.user_attrs.get("rank")},
+                    "failure": trial.user_attrs.get("failure", ""),
                     **trial.params,
                 }
             )

@@ -23,4 +23,7 @@ def measure(names: tuple[str, str], size_bytes: int, keep_memory: bool = False, 
 
 
 def _block(groups: comparing.Groups, name: str, size_bytes: int) -> float:
-    return groups.run(name, comparing.timed, KNOWN[name], [size_bytes], 0.1)[0][0]
+    times = groups.run(name, comparing.timed, KNOWN[name], [size_bytes], 0.1)
+    if not times:
+        raise SystemExit(f"cannot be measured here: {groups.absent}")
+    return times[0][0]
