@@ -13,7 +13,7 @@
 #
 # When Nurion, the supercomputer of this course, was opened to deep learning, KISTI's paper about it compared two trainings of ResNet-50 on dummy images: with Horovod as it was, and with Horovod on top of MLSL, a communication library of Intel's. With MLSL an epoch was 1.8 to 2 times as fast. Other models gave other results.
 #
-# MLSL has since become **oneCCL**. The Horovod of this course was built with three libraries that can carry its bytes, and one environment variable chooses between them: **MPI** (a standard; here it is the library MPICH), **Gloo** (plain TCP sockets) and **oneCCL**. So the experiment can be repeated here, small, with ranks that talk through the memory of one machine.
+# MLSL has since become **oneCCL**. The Horovod of this course was built with three libraries that can carry its bytes, and an environment variable, `HOROVOD_CPU_OPERATIONS`, chooses between them: **MPI** (a standard; here it is the library MPICH), **Gloo** (plain TCP sockets) and **oneCCL**. So the experiment can be repeated here, small, with ranks that talk through the memory of one machine.
 #
 # **Guess,** and write it down: for a tensor of 4 kB, and for one of 64 MB, how many times as fast as the slowest will the best of the three be? You will know the answer half-way through.
 
@@ -49,7 +49,7 @@ world.client[:]["folder"] = str(files)  # a variable of this name on every rank
 # 1. **Queue.** The tensor waits until the thread wakes up. It does so once per *cycle*, every millisecond unless told otherwise.
 # 2. **Negotiate.** Ranks finish their gradients at different times and in different orders, but an allreduce needs all of them at once. So each tells rank 0 what it has, and rank 0 says what all of them have. (After the first step each rank sends only one bit per tensor.)
 # 3. **Fuse.** Tensors that became ready in the same cycle are copied into one long buffer.
-# 4. **Wire.** One allreduce of the buffer, by MPI, Gloo or oneCCL. This is the only part that a backend changes.
+# 4. **Wire.** One allreduce of the buffer, by MPI, Gloo or oneCCL. This is the part that the choice of a backend is about. (Step 2 needs messages too: by MPI when MPI or oneCCL reduces, through sockets when Gloo does.)
 # 5. **Unfuse.** The sums are copied back, and TensorFlow hears that they are there.
 #
 # Horovod can write all this down: its **timeline**. To have something to write about, here is a small network of 24 equal layers whose backward pass is written out, with one allreduce per layer. `tf.timestamp` notes when the computing began and when it ended.
@@ -196,7 +196,7 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
-# No copying any more, but a transfer, with its start-up, for each of the 24 layers. With 590 kB per layer no clear difference can be seen: what the start-ups cost, the copying saves. With many *small* gradients it does. MobileNetV2, a network made for telephones, and here only a third as wide as usual, has 158 of them in 1.6 MB.
+# No copying any more, but a transfer, with its start-up, for each of the 24 layers. With 590 kB per layer the two are not far apart: the steps of one run scatter by more than that. The start-ups cost time, and not having to copy saves some. With many *small* gradients it does. MobileNetV2, a network made for telephones, and here only a third as wide as usual, has 158 of them in 1.6 MB.
 #
 # `fusion.sweep` computes its gradients and averages them, each submitted when it is ready, under several settings in turn; before each turn it measures what computing takes alone. Besides the longest buffer it varies the **cycle time**, how long Horovod's thread sleeps before it looks for new tensors, and the **compression**: `fp16` halves the bytes. The last bar shows what *writing* a timeline costs.
 #
@@ -228,15 +228,15 @@ axis.invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# - Shortest are the defaults, float16 and the short cycle, in an order that changes with the run; longest are tracing, the long cycle and no fusion.
-# - Without fusion every gradient pays the start-up of its own transfer. Buffers of 64 KiB lie between: they are full after a few gradients.
+# - Shortest are the defaults, float16, the short cycle and mostly also buffers of 64 KiB, in an order that changes with the run; longest are tracing, the long cycle and no fusion.
+# - Without fusion every gradient pays the start-up of its own transfer. Buffers of 64 KiB are full after a few gradients, so there are more transfers than with the defaults, yet far fewer than without fusion; that is enough for most of the gain.
 # - A longer cycle collects more gradients for a buffer, and lets everything wait. A shorter one lets them wait less, but wakes the thread ten times as often, on the core that computes; which of the two wins changes here from one run to the next.
 # - Tracing distorts. Each span is two events, so ten or so per gradient must be written, by a thread on rank 0 that never sleeps: while it has nothing to write it asks again at once, on a core that rank 0 wants for itself. So a timeline shows *what* happens and in which order; how fast a training is must be measured without one.
 # - Half as many bytes (`float16`) are of little use where bytes are not what takes the time, and converting costs some itself. On a slow network with large gradients it may pay. Sums in float16 lose digits, and Horovod cannot do them over oneCCL.
 #
 # ### Let Horovod search
 #
-# Horovod can look for a cycle time and a buffer by itself while it trains (`HOROVOD_AUTOTUNE=1`): it tries points, scores each in bytes of gradients per time, and lets a Bayesian optimiser say where to try next. It searches only for what has not been set, so it gets fresh ranks here, and the same network. `SHORT_SEARCH` ends the search after 15 points of few steps each, a sixth of what Horovod would take.
+# Horovod can look for a cycle time and a buffer by itself while it trains (`HOROVOD_AUTOTUNE=1`): it tries points, scores each in bytes of gradients per time, and lets a Bayesian optimiser say where to try next. It searches only for what has not been set, so it gets fresh ranks here, and the same network. `SHORT_SEARCH` ends the search after some 15 points of few steps each, a sixth of what Horovod would take; the last point is the best one once more.
 
 # %% alt="Left: the score of each point that Horovod's search tried, in the order of the search, with the best one so far as a line. Right: the points in the plane of cycle time and buffer size, larger dots for higher scores; the large ones have cycle times up to about 10 ms."
 with ranks.start(n_ranks, env=fusion.SHORT_SEARCH) as fresh:
@@ -260,11 +260,11 @@ print(f"best: cycle {best['cycle_ms']:.1f} ms, {best['fusion_mb']:.0f} MiB, {bes
 # %% [markdown]
 # The range that it searches, 1 to 100 ms and up to 64 MiB, was made for slower networks and larger models. Here any buffer of 2 MiB holds all gradients, so only the cycle matters: up to about the length of a step, some 10 ms, points may score well, and with longer cycles they score badly, since a step cannot end before the next cycle has begun. What is scored are whole steps, so a setting that slows the computing is found out as well.
 #
-# The best of so few and so noisy points may be luck. Whether it is better than the defaults, the sweep above can tell: put it among the settings, where they take turns.
+# Compare the two scores in the last line of the output. If the defaults have the higher one, the search found nothing better, which is no wonder with so few points and such a range. If its best point has the higher one, that may be luck, for a score is noisy: put the point among the settings of the sweep above, where they take turns with the defaults.
 #
 # ## Three libraries, by message size
 #
-# Now the wire itself. `compare_backends` reduces one tensor at a time. The backends take turns; before that, a timeline confirms which library really ran, and every sum is compared with the exact one. Gloo needs processes of its own; MPI and oneCCL take turns in the same ones.
+# Now one allreduce at a time, as a program sees it: from handing a tensor to Horovod until the sum is there. `compare_backends` measures it. The backends take turns; before that, a timeline confirms which library really ran, and every sum is compared with the exact one. Gloo needs processes of its own; MPI and oneCCL take turns in the same ones.
 #
 # `oneCCL ring` is oneCCL with its algorithm set (`CCL_ALLREDUCE=ring`). Why that is needed comes below.
 #
@@ -280,7 +280,7 @@ times = compared.pivot_table(index=["cycle_ms", "size_bytes"], columns="backend"
 (times * 1e3).round(2).add_suffix(", ms")
 
 # %% [markdown]
-# Look at the small sizes with a cycle of 1 ms first. MPI and oneCCL need the same time for 4 kB and for 256 times as much: one millisecond. That is not the network. It is Horovod's thread, asleep. With a cycle of 0.1 ms the libraries show; the bands of the figure reach from the fastest to the slowest turn.
+# Look at the small sizes with a cycle of 1 ms first. MPI and oneCCL need the same time for 4 kB and for 256 times as much: one millisecond. That is not the network. It is Horovod's thread, asleep. With a cycle of 0.1 ms the libraries show better, though not alone: of MPI's time for 4 kB up to 0.1 ms may still be the cycle, and the negotiation is in it too. So for small tensors trust the differences more than the ratios. The bands of the figure reach from the fastest to the slowest turn.
 
 # %% alt="Two panels against message size, logarithmic, with a cycle time of 0.1 ms. Left: time; flat for small sizes, rising for large ones; Gloo is highest until MPI meets it at the largest size, MPI is a little below oneCCL's ring up to about a megabyte, then the ring is lower. Right: bus bandwidth, which rises up to about four megabytes and falls beyond for MPI; oneCCL's ring reaches the most. Bands reach from the fastest to the slowest turn."
 STYLES = {
@@ -311,7 +311,7 @@ against_mpi[["size_bytes", "speedup", "low", "high", "least", "most", "turns"]].
 # %% [markdown]
 # The table gives the speed of oneCCL's ring relative to MPI's, turn by turn: the median, the quartiles, the least and the most. For small tensors the ring takes up to a third longer, which is some 50 µs; with a cycle of 1 ms nobody would notice. At some size below or about a megabyte they meet, and for large tensors the ring wins clearly.
 #
-# Gloo, which sends everything through TCP even between two processes of one machine, takes three to four times as long as MPI for 4 kB. For 64 MB it takes about as long as MPI does, and the ring is two to three times as fast as either. So the answer to the guess: three to four times and two to three times, and between the libraries nothing at all for 4 kB if Horovod wakes up once per millisecond.
+# Gloo, which sends everything through TCP even between two processes of one machine, takes three to four times as long as MPI for 4 kB. For 64 MB it takes about as long as MPI does, and the ring is two to three times as fast as either. So the answer to the guess, for the whole way through Horovod: three to four times and two to three times, and between the libraries nothing at all for 4 kB if Horovod wakes up once per millisecond.
 #
 # ### Why oneCCL needs to be told
 #
@@ -332,7 +332,7 @@ for memory in ("freed", "kept"):
 pd.DataFrame(shown, index=took_ms.columns).T.rename_axis(index=["memory", "backend"], columns="bytes")
 
 # %% [markdown]
-# Left to itself oneCCL hands the allreduce on to MPI, and is about as fast as MPI, or a little slower for the detour. Anyone who benchmarks "oneCCL against MPI" and does not look compares MPI with MPI.
+# Left to itself oneCCL hands the allreduce on to MPI: at 64 MB it is as fast as MPI, and for smaller tensors slower, for the detour. Anyone who benchmarks "oneCCL against MPI" and does not look compares MPI with MPI.
 #
 # (In brackets: how many times as fast as MPI, by turns.) With its ring it wins, and at 64 MB by more where memory is *freed* than where it is *kept*. That part of the advantage has nothing to do with algorithms. MPICH takes a buffer as long as the message for each allreduce and frees it afterwards; the C library gives such a large piece back to Linux, and Linux clears each page of the next one. oneCCL keeps its buffers. Your own comparison above was with memory freed, which is what you get unless you ask: `backends.KEEP_MEMORY` holds settings of the C library that make a process keep what it freed, and with them MPI takes half the time at 64 MB. The averages need new memory as well, over any library, so the ring gains too, at the middle sizes even more than MPI. What remains of the difference is how the library adds and moves the numbers; we did not take that apart.
 #
@@ -361,7 +361,7 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
-# Three to four milliseconds per allreduce up to some megabytes, which is most of the time of the small ones; more for the large ones, which travel in many pieces, but a smaller part of their time. A rank that has a core for each of its threads should see nothing of this. Where a node runs as many ranks as it has cores, as here, it matters.
+# Some three to four and a half milliseconds are saved per allreduce up to some megabytes, on 2 ranks and on 4 alike. On 2 ranks that is most of the time of the small ones; on 4 it is a smaller part, since there the mended Gloo needs 2 ms itself, with two ranks on each core. More is saved for the large ones, which travel in many pieces, but it is a smaller part of their time. A rank that has a core for each of its threads should see nothing of this. Where a node runs as many ranks as it has cores, as here, it matters.
 #
 # So there are four questions to ask of any such comparison. Which library and which algorithm really ran? Was it the network that was timed, or Horovod's cycle? Did both sides pay the same for their memory? And did a rank's threads have a core each?
 #
@@ -390,7 +390,7 @@ print(f"epoch {gain['speedup']:.2f} times as fast ({gain['low']:.2f} to {gain['h
 #
 # What we time as communication reaches from a rank's last gradient to its last average. It also holds the wait for a slower rank, Horovod's copying of 102 MB into its buffer and out of it, and new memory for the averages. No library speeds that up, so communication as a whole gains less than the allreduce in it.
 #
-# And communication is only a part $f$ of the epoch. If that part becomes $s$ times as fast and the rest stays as it is, the epoch becomes
+# And communication, as far as the training waits for it (here all of it, since nothing is hidden), is only a part $f$ of the epoch. If that part becomes $s$ times as fast and the rest stays as it is, the epoch becomes
 #
 # $$\frac{1}{(1-f) + f/s}$$
 #
@@ -422,7 +422,7 @@ plt.show()
 # %% [markdown]
 # The first bar is oneCCL's ring against MPI, the second Nurion's MLSL against plain Horovod, for an epoch of ResNet-50; the third, by Intel and Amazon, is the ratio of two published parallel efficiencies, 98 % with MLSL and 45.5 % with Open MPI, both under MXNet on Ethernet of 25 Gbit/s. The mark on the first bar is the quartiles of the turns, that on the second the published range.
 #
-# What the right panel says about Nurion: to gain 1.8 over a whole epoch, communication must have been at least 44 % of it, however fast MLSL made it, and 89 % if MLSL made it twice as fast. That is plausible on its processors, Intel's Knights Landing (KNL): with 68 slow cores, computing is spread over many, and plain MPI drives the network from one core. MLSL put cores aside for communication. The paper does not say how its time was divided, so this is a reading, not a result.
+# What the right panel says about Nurion: if computing took as long with MLSL as without, then to gain 1.8 over a whole epoch the training must have waited for communication for at least 44 % of it, however fast MLSL made that, and for 89 % if MLSL made it twice as fast. That is plausible on its processors, Intel's Knights Landing (KNL): with 68 slow cores, computing is spread over many, and plain MPI drives the network from one core. MLSL put cores aside for communication. (If it also got less in the way of computing, a smaller share is enough.) The paper does not say how its time was divided, so this is a reading, not a result.
 #
 # With other images, or another network between the ranks, the gain is another one, or there is none:
 
@@ -504,7 +504,7 @@ print("module load", *sites.load("nurion").scheduler.job_modules)
 # %% [markdown]
 # ```bash
 # # MPI. Intel MPI and MVAPICH2, the MPI libraries on Nurion, have the same binary interface as MPICH,
-# # so a Horovod that was built with MPICH runs on either.
+# # so a Horovod that was built with MPICH should run on either (not tried on Nurion, see below).
 # export HOROVOD_CPU_OPERATIONS=MPI HOROVOD_CONTROLLER=mpi
 # export MV2_ENABLE_AFFINITY=0      # MVAPICH2 only: do not tie all threads of a rank to one core
 # ```
@@ -513,8 +513,9 @@ print("module load", *sites.load("nurion").scheduler.job_modules)
 # # or oneCCL over that MPI, with algorithms that you have measured; never leave it to "direct"
 # export HOROVOD_CPU_OPERATIONS=CCL HOROVOD_CONTROLLER=mpi CCL_ATL_TRANSPORT=mpi
 # export CCL_ALLREDUCE="rabenseifner:0-1048576;ring:1048577-max"
-# export CCL_WORKER_COUNT=1 CCL_WORKER_AFFINITY=67   # the last core of a KNL node for the worker,
-# export OMP_NUM_THREADS=66                          # one for Horovod's thread, the others for TensorFlow
+# export CCL_WORKER_COUNT=1 CCL_WORKER_AFFINITY=67   # one rank per node: the last core of a KNL for the worker,
+# export OMP_NUM_THREADS=66                          # and one left free for Horovod's thread; with several ranks
+#                                                    # divide the threads, and name a worker's core for each rank
 # ```
 #
 # ```bash
@@ -661,6 +662,6 @@ assert resnet["communication_share"].between(0, 1, inclusive="neither").all()
 # - A gradient waits for Horovod's clock, for the other ranks and for its place in a buffer before a library sees it. Small tensors are a matter of clock and buffers, large ones of the library.
 # - Exposed communication costs its time; hidden communication is free only where it has a core of its own. The timeline shows both, and distorts while it does.
 # - A comparison of libraries is worth what its questions are: what really ran, by which clock, with whose memory, on which cores. oneCCL over MPI runs MPI's own allreduce unless you choose an algorithm.
-# - A faster library speeds up an epoch by the share of it that is communication. To gain 1.8 over all, as on Nurion, at least 44 % of it must have been.
+# - A faster library speeds up an epoch by the share of it that is communication. To gain 1.8 over all, as on Nurion, at least 44 % of it must have been, unless computing became faster as well.
 #
 # **Next:** [Burst-buffer staging](04_burst_buffer_staging.ipynb), the second wall: input.
