@@ -17,10 +17,10 @@ NOISE = re.compile(r"absl::InitializeLog|oneDNN|Warning|DEPRECATED|\d+%\|")
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of notebooks executed with the cells switched on that are off by default."""
+    """The folder of notebooks executed with the cells switched on that are off by default, and few repetitions."""
     root = tmp_path_factory.mktemp("root")
     (root / "notebooks").symlink_to(ROOT / "notebooks")
-    command = [sys.executable, "-c", RUN, str(root), "run", "-p", "failure_labs", "True"]
+    command = [sys.executable, "-c", RUN, str(root), "run", "-p", "failure_labs", "True", "-p", "turns", "2"]
     result = subprocess.run(command, cwd=ROOT / "tools", capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return root / "build" / "executed"
