@@ -95,6 +95,14 @@ def test_a_process_that_ran_oneccl_refuses_other_settings_of_it(world3):
         world3.run(backends.init, "oneCCL")
 
 
+def test_a_search_on_ranks_that_were_used_is_refused_for_that_reason(world3, tmp_path):
+    search = partial(backends.init, cycle_ms=None, fusion_bytes=None, autotune_log=tmp_path / "log.csv")
+    world3.run(backends.init, "MPI")  # its settings are in the environment while it runs
+    with pytest.raises(ranks.RankError, match="Horovod's search needs ranks that nothing else has used"):
+        world3.run(search, "MPI")
+    world3.run(backends.shutdown)
+
+
 def test_the_environment_is_afterwards_what_it_was(world3, tmp_path):
     assert world3.run(partial(started_and_ended, timeline=tmp_path / "t.json"), "MPI") == [set()] * 3
     assert world3.run(started_and_ended, "oneCCL ring") == [set()] * 3

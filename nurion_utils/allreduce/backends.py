@@ -129,8 +129,9 @@ def init(
             raise ValueError(f"timeline and autotune_log are names of files, not {file!r}")
         if file is not None and not Path(file).absolute().parent.is_dir():
             raise ValueError(f"{file} cannot be written: there is no directory {Path(file).absolute().parent}")
+    outside = {**os.environ, **_before}  # the environment without what a Horovod that runs was started with
     fixed = [
-        value is not None or name in os.environ
+        value is not None or outside.get(name) is not None
         for name, value in (("HOROVOD_CYCLE_TIME", cycle), ("HOROVOD_FUSION_THRESHOLD", threshold))
     ]
     if autotune_log is not None and all(fixed):

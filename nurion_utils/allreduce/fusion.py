@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,12 +146,10 @@ def _swept(
     model: Callable[[], keras.Model], batch: int, backend: str, settings: list[dict[str, Any]]
 ) -> list[dict[str, float]]:
     """On every rank: an observation per setting, in their order; times are those of the slowest rank."""
-    import tensorflow as tf
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    compute, average = _step_of(model, batch, comm.rank)
-    steps: dict[str, Callable] = {}
+    step_with = lru_cache(_steps(model, batch, comm.rank))
 
     def block(step: Callable, calls: int) -> float:
         comm.Barrier()
@@ -163,21 +162,15 @@ def _swept(
         block(step, 2)
         return block(step, int(np.clip(BLOCK_S / block(step, 1), 1, 100)))
 
-    @tf.function
-    def only_compute() -> list[tf.Tensor]:
-        return compute()
-
     observed = []
     for setting in settings:
-        compression = setting["compression"]
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory, "timeline.json") if setting["timeline"] else None
-            compute_s = timed(only_compute)
+            compute_s = timed(step_with(None))
             init(backend, cycle_ms=setting["cycle_ms"], fusion_bytes=setting["fusion_bytes"], timeline=file)
-            if compression not in steps:
-                steps[compression] = average(compression)
-            step_s = timed(steps[compression])
-            own, averages = steps[compression]()
+            step = step_with(setting["compression"])
+            step_s = timed(step)
+            own, averages = step()
             shutdown()
         _require_average(comm, own[-1].numpy(), averages[-1].numpy())
         gradient_bytes = sum(gradient.shape.num_elements() * gradient.dtype.size for gradient in own)
@@ -200,7 +193,7 @@ def _searched(model: Callable[[], keras.Model], batch: int, backend: str, steps:
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "autotune.csv")
         init(backend, cycle_ms=None, fusion_bytes=None, autotune_log=file)
-        step = _step_of(model, batch, MPI.COMM_WORLD.rank)[1]("none")
+        step = _steps(model, batch, MPI.COMM_WORLD.rank)("none")
         for _ in range(steps):
             step()
         shutdown()
@@ -211,8 +204,8 @@ def _searched(model: Callable[[], keras.Model], batch: int, backend: str, steps:
     return MPI.COMM_WORLD.bcast(rows)
 
 
-def _step_of(model: Callable[[], keras.Model], batch: int, rank: int) -> tuple[Callable, Callable]:
-    """The gradients of this rank's batch, and what makes a step of them that also averages, given a compression."""
+def _steps(model: Callable[[], keras.Model], batch: int, rank: int) -> Callable[[str | None], Callable]:
+    """What makes a step, given a compression: the gradients of this rank's batch, and averages unless it is None."""
     import horovod.tensorflow as hvd
     import keras
     import tensorflow as tf
@@ -222,19 +215,17 @@ def _step_of(model: Callable[[], keras.Model], batch: int, rank: int) -> tuple[C
     random = np.random.default_rng(rank)
     x = tf.constant(random.random((batch, *network.input_shape[1:])), tf.float32)
 
-    def gradients() -> list[tf.Tensor]:
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(tf.square(network(x, training=True)))
-        return tape.gradient(loss, network.trainable_variables)
-
-    def step(compression: str) -> Callable:
-        how = {"op": hvd.Average, "compression": getattr(hvd.Compression, compression)}
-
+    def step_with(compression: str | None) -> Callable:
         @tf.function
-        def gradients_and_averages() -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-            own = gradients()
+        def step() -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(network(x, training=True)))
+            own = tape.gradient(loss, network.trainable_variables)
+            if compression is None:
+                return own, []
+            how = {"op": hvd.Average, "compression": getattr(hvd.Compression, compression)}
             return own, [hvd.allreduce(gradient, name=f"gradient_{i}", **how) for i, gradient in enumerate(own)]
 
-        return gradients_and_averages
+        return step
 
-    return gradients, step
+    return step_with
