@@ -3,7 +3,7 @@
 The rooms load when they are entered, so that ``import nurion_utils`` costs next to nothing.
 """
 
-from nurion_utils._lazy import load_on_use
+import lazy_loader
 
 __version__ = "0.1.0"
-__all__, __getattr__, __dir__ = load_on_use(__name__, ["allreduce", "health", "ranks", "sites", "training"])
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import cloudpickle
 import pytest
 
-from nurion_utils import allreduce, ranks
+from nurion_utils import ranks
+from nurion_utils.ranks.launchers import lab
 
 # A test run in the background may have been told to ignore interrupts, and what it starts would ignore them too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,6 +41,6 @@ def world4() -> Iterator[ranks.World]:
 def permitted() -> None:
     """Skips what needs a lab where there cannot be one."""
     try:
-        allreduce.lab(2).close()
-    except allreduce.LabError as refusal:
+        lab.start(2).close()
+    except lab.LabError as refusal:
         pytest.skip(str(refusal))

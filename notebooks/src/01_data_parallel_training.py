@@ -83,7 +83,8 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
-from nurion_utils.training import digits, models
+from nurion_utils.datasets import digits
+from nurion_utils.training import models
 
 hvd.init()
 keras.utils.set_random_seed(1)  # the same initial weights on all ranks
@@ -122,7 +123,8 @@ def ten_steps(batch_size: int, together: bool) -> list:
     import horovod.tensorflow as hvd
     import keras
 
-    from nurion_utils.training import DistributedOptimizer, Shard, digits, models
+    from nurion_utils.training import DistributedOptimizer, models
+    from nurion_utils.datasets import Shard, digits
 
     hvd.init()
     x, y, _, _ = digits.load()
@@ -176,7 +178,8 @@ def three_epochs(binding: str, check: bool = False) -> tuple[list, list]:
     import horovod.tensorflow as hvd
     import keras
 
-    from nurion_utils.training import DistributedOptimizer, Shard, SyncCheckCallback, digits, models
+    from nurion_utils.training import DistributedOptimizer, SyncCheckCallback, models
+    from nurion_utils.datasets import Shard, digits
 
     hvd.init()
     x, y, _, _ = digits.load()
@@ -242,7 +245,8 @@ def train_digits(mode: str, epochs: int) -> list[float]:
     import horovod.tensorflow as hvd
     import keras
 
-    from nurion_utils.training import BroadcastCallback, DistributedOptimizer, Shard, digits, models
+    from nurion_utils.training import BroadcastCallback, DistributedOptimizer, models
+    from nurion_utils.datasets import Shard, digits
 
     hvd.init()
     x, y, x_test, y_test = digits.load()
@@ -299,7 +303,7 @@ plt.show()
 # %%
 import numpy as np
 
-from nurion_utils.training import volumes
+from nurion_utils.datasets import volumes
 
 extremes = {f"$\\sigma_8$ = {s8}": np.array([0.3, s8, 0.95]) for s8 in (0.78, 0.95)}
 fields = {name: volumes.lognormal(32, p, np.random.default_rng(5)) for name, p in extremes.items()}
@@ -335,7 +339,7 @@ directory = Path(tempfile.mkdtemp(prefix="volumes-"))
 def write_volumes(directory: str, samples: int, size: int, seed: int) -> None:
     from mpi4py import MPI
 
-    from nurion_utils.training import volumes
+    from nurion_utils.datasets import volumes
 
     if MPI.COMM_WORLD.rank == 0:
         volumes.write(directory, samples, size, seed=seed, volumes_per_file=96)
@@ -356,7 +360,8 @@ def train_volumes(directory: str, size: int, epochs: int) -> dict:
     import horovod.tensorflow as hvd
     import keras
 
-    from nurion_utils.training import BroadcastCallback, DistributedOptimizer, Shard, models, volumes
+    from nurion_utils.training import BroadcastCallback, DistributedOptimizer, models
+    from nurion_utils.datasets import Shard, volumes
 
     hvd.init()
     reader = volumes.Volumes(Path(directory) / "train")
@@ -419,14 +424,15 @@ learned.style.format("{:.2f}")
 def time_steps(batch_per_rank: int, size: int, rounds: int, stages: tuple) -> "pd.DataFrame":
     from mpi4py import MPI
 
-    from nurion_utils.training import Shard, models, timing
+    from nurion_utils.datasets import Shard
+    from nurion_utils.training import models, step_timing
 
     comm = MPI.COMM_WORLD
     rng = np.random.default_rng(comm.rank)  # each rank its own random volumes: only the time matters
     x = rng.normal(size=(8 * batch_per_rank, size, size, size, 1)).astype("float32")
     y = rng.normal(size=(8 * batch_per_rank, 3)).astype("float32")
     shard = Shard(len(x), 1, 0, batch_per_rank, seed=comm.rank)
-    return timing.step_times(
+    return step_timing.step_times(
         lambda: models.cosmoflow_small(size), lambda: shard.dataset(x, y), rounds=rounds, stages=stages, block_s=0.3
     )
 
@@ -461,9 +467,9 @@ scaling_table = rates.join(quartiles.add_prefix("efficiency, "))
 scaling_table.style.format("{:.2f}").format({"batch_per_rank": "{:.0f}", "step_s": "{:.3f}"})
 
 # %% alt="Left: parallel efficiency against the number of ranks for weak and strong scaling, with bars from the lower to the upper quartile. Right: horizontal bars of how long each part of a training step takes, with quartiles."
-from nurion_utils.training import timing
+from nurion_utils.training import step_timing
 
-part_times = timing.parts(times[(times["ranks"] == n_ranks) & (times["scaling"] == "weak")])
+part_times = step_timing.parts(times[(times["ranks"] == n_ranks) & (times["scaling"] == "weak")])
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 for scaling, color, marker in (("weak", "#0072B2", "o"), ("strong", "#D55E00", "s")):
     low, middle, high = quartiles.loc[scaling].to_numpy().T
@@ -581,7 +587,8 @@ import numpy as np
 import tensorflow as tf
 from mpi4py import MPI
 
-from nurion_utils.training import digits, models
+from nurion_utils.datasets import digits
+from nurion_utils.training import models
 
 comm = MPI.COMM_WORLD
 x, y, _, _ = digits.load()
@@ -661,7 +668,8 @@ def unsharded(epochs: int) -> tuple[list, int]:
     import horovod.tensorflow as hvd
     import keras
 
-    from nurion_utils.training import DistributedOptimizer, Shard, digits, models
+    from nurion_utils.training import DistributedOptimizer, models
+    from nurion_utils.datasets import Shard, digits
 
     hvd.init()
     x, y, _, _ = digits.load()
@@ -740,7 +748,8 @@ def train_elastically(epochs: int) -> tuple[int, float]:
     import horovod.tensorflow as hvd
     import keras
 
-    from nurion_utils.training import DistributedOptimizer, ElasticState, Shard, digits, elastic_run, models
+    from nurion_utils.training import DistributedOptimizer, ElasticState, elastic_run, models
+    from nurion_utils.datasets import Shard, digits
 
     x, y, x_test, y_test = digits.load()
     keras.utils.set_random_seed(1)

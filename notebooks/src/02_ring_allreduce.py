@@ -87,11 +87,11 @@ def contenders(n: int) -> dict:
 lab_tables, lab_origin = [], "measured here"
 try:
     for n in lab_ranks:
-        with allreduce.lab(n, rate_mbit=lab_rate_mbit) as lab:
-            lab_tables.append(lab.measure(contenders(n), lab_sizes, repeats=3))
+        with lab.start(n, rate_mbit=lab_rate_mbit) as network:
+            lab_tables.append(network.measure(contenders(n), lab_sizes, repeats=3))
     lab_table = pd.concat(lab_tables)
-except allreduce.LabError as error:
-    lab_table, lab_origin = allreduce.network.recorded(), "RECORDED on another machine"
+except lab.LabError as error:
+    lab_table, lab_origin = lab.recorded(), "RECORDED on another machine"
     print(str(error).splitlines()[0])
 largest = lab_table["size_bytes"].max()
 print(f"{len(lab_table)} observations, {lab_origin}")
@@ -464,7 +464,8 @@ def twenty_steps(with_what: str) -> list:
     from mpi4py import MPI
 
     from nurion_utils import allreduce
-    from nurion_utils.training import DistributedOptimizer, Shard, digits, models
+    from nurion_utils.training import DistributedOptimizer, models
+    from nurion_utils.datasets import Shard, digits
 
     comm = MPI.COMM_WORLD
     ring = allreduce.ring(comm.size)

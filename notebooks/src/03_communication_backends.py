@@ -34,7 +34,7 @@ import numpy as np
 import pandas as pd
 
 from nurion_utils import allreduce, ranks
-from nurion_utils.allreduce import comparing, epochs, fusion, recording, timeline
+from nurion_utils.backends import comparing, epochs, fusion, recording, timeline
 
 plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
 files = Path(tempfile.mkdtemp())
@@ -63,7 +63,7 @@ import horovod.tensorflow as hvd
 import tensorflow as tf
 from mpi4py import MPI
 
-from nurion_utils.allreduce import backends
+from nurion_utils import backends
 
 comm = MPI.COMM_WORLD
 tf.random.set_seed(1)
@@ -272,7 +272,7 @@ print(f"best: cycle {best['cycle_ms']:.1f} ms, {best['fusion_mb']:.0f} MiB, {bes
 
 # %%
 names = ["MPI", "Gloo", "oneCCL ring"]
-compared = allreduce.compare_backends(sizes, n_ranks, names, repeats=turns, cycles_ms=(1.0, 0.1))
+compared = backends.compare_backends(sizes, n_ranks, names, repeats=turns, cycles_ms=(1.0, 0.1))
 for backend, why in compared.groupby("backend")["absent"].first().items():
     if why:
         print(f"{backend} is absent: {why}")
@@ -538,7 +538,8 @@ def trained(how: str) -> list:
     import keras
     from mpi4py import MPI
 
-    from nurion_utils.training import DistributedOptimizer, Shard, digits, models
+    from nurion_utils.training import DistributedOptimizer, models
+    from nurion_utils.datasets import Shard, digits
 
     comm = MPI.COMM_WORLD
 

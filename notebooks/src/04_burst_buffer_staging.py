@@ -30,7 +30,7 @@ pipeline_repeats: int = 2  # of each setting; 5 narrow the spread
 
 # %%
 from nurion_utils import ranks, sites, staging
-from nurion_utils.staging import cases
+from nurion_utils.storage import cases
 
 world = ranks.start(n_ranks)
 
@@ -75,7 +75,8 @@ cosmoflow[cosmoflow["quantity"].isin(["largest job", "parallel efficiency"])][["
 # %%
 import dataclasses
 
-from nurion_utils.staging import SharedStore, Storage, Workload, simulate, storage, store_drawing
+from nurion_utils.storage import SharedStore, Storage, Workload, simulate, draw
+from nurion_utils import storage
 
 lustre = Storage.of_site("local", "shared")
 print(f"bandwidth of all targets: {lustre.bandwidth_gb_per_s * 1e3:.0f} MB/s")
@@ -117,7 +118,7 @@ print(f"files on the four targets: {files_on_target.tolist()}")
 print(f"the last reader has its file after {waited['ready_s'].max() * 1e3:.0f} ms")
 
 # %% alt="Five panels over time: the metadata server and the four storage targets. At the metadata server sixteen short requests are served one after the other within 40 milliseconds. Each target serves its files one after the other, pale bars of waiting growing longer from request to request; the target with the most files is busy longest, others fall idle early."
-figure = store_drawing.queues(log)
+figure = draw.queues(log)
 
 # %% [markdown]
 # Pale is waiting, dark is being served. The last reader has to wait for the target that happened to get the most files, while others are idle already. In training all ranks meet after every step, so **the hottest target sets the pace** of all.
@@ -154,7 +155,7 @@ with SharedStore(directory / "one", lustre) as store:
 choking = pd.DataFrame(rows, columns=["readers", "seed", "kind", "throughput_gb_per_s"])
 
 # %% alt="Throughput against the number of readers, on a logarithmic axis. Measured and simulated points lie on each other: they rise from somewhat below 30 megabytes per second with one reader, quickly at first and then little, and stay well below the dotted ceiling of 120 megabytes per second."
-figure = store_drawing.throughput(choking, lustre)
+figure = draw.throughput(choking, lustre)
 
 # %% [markdown]
 # (Points are medians of two draws of targets, bars their range.) The full 120 MB/s is not reached, because some target has nothing to do while another is still busy. It would be for very many readers, when the hottest target has little more than the others. Until then, doubling the readers mostly doubles everyone's waiting.
@@ -218,7 +219,7 @@ with SharedStore(directory / "one", lustre) as store:
 def write_volumes(directory: str, samples: int, size: int) -> None:
     from mpi4py import MPI
 
-    from nurion_utils.training import volumes
+    from nurion_utils.datasets import volumes
 
     layouts = {0: ("many", 1), 1: ("few", 16)}
     if MPI.COMM_WORLD.rank in layouts:
@@ -367,7 +368,7 @@ def train(files: list, client, size: int, epochs: int) -> dict:
     import horovod.tensorflow as hvd
     import keras
 
-    from nurion_utils.staging import pipeline
+    from nurion_utils.datasets import pipeline
     from nurion_utils.training import BroadcastCallback, DistributedOptimizer, MetricAverageCallback, models
 
     hvd.init()
@@ -408,8 +409,8 @@ result.style.format("{:.3f}")
 # What can be done in the pipeline before anyone buys a burst buffer: read **ahead** while training computes (prefetch), read **several files at once** (interleave), **keep** the data in memory after the first epoch, pack volumes into **fewer files**. **Predict** for each of these: will it help on Lustre, and will it help with many small files?
 
 # %%
-from nurion_utils.staging import pipeline
-from nurion_utils.staging.pipeline import Source
+from nurion_utils.datasets import pipeline
+from nurion_utils.datasets.pipeline import Source
 
 settings = {
     "on demand": {"batch_size": 8},
@@ -479,7 +480,7 @@ print(f"{len(scaling)} simulated epochs in {time.perf_counter() - begin:.1f} s")
 scaling[scaling["nodes"].isin([1024, 8192])].drop(columns="failed_at").round(3)
 
 # %% alt="Time of an epoch against nodes, both logarithmic, simulated for Cori's Lustre with 248 and with 64 targets, each as described and as measured later, and for its burst buffer. All lie on one falling line up to about 1000 nodes; then the Lustres with 64 targets flatten, first the slower one; with 248 slower targets the line flattens at 4096, and the burst buffer goes on to 8192. A vertical dotted line marks the 1024 nodes that Lustre could not pass; a star marks the published step time at 8192 nodes, above the burst buffer's curve because it includes communication."
-figure = store_drawing.epochs(scaling, published)
+figure = draw.epochs(scaling, published)
 
 # %% [markdown]
 # (An epoch here has 262,144 samples, so that 8192 nodes take 32 steps.) On 64 targets, the curves stop falling between about 900 and 2000 nodes: more nodes gain nothing. Nothing *fails* in this model; "could not go further" may have meant either. The node counts at which the input takes as long as the computation, beside the two rules of thumb:
@@ -514,7 +515,7 @@ one = sweep.iloc[0]
 print(f"mean demand: {one['demand_gb_per_s']:.1f} GB/s, {100 * one['demand_over_peak']:.1f} % of Lustre's bandwidth, whatever the batch")
 
 # %% alt="For each batch per node from 16 to 1024, a marker says what becomes of the job: three rows modelled, two published. Modelled Lustre as described runs up to 512; Lustre with 1000 opens per second dies from 256 on, where the published job died; the burst buffer runs to 512 in both. At 1024 the model says out of memory, as published for the burst buffer."
-figure = store_drawing.batches(sweep, published)
+figure = draw.batches(sweep, published)
 
 # %% [markdown]
 # It is not bandwidth: 1 % of it is wanted, and the batch does not even change that. With the 46,580 opens a second of our description the modelled Lustre lives on (first row). But the batch sets the size of a **burst**: 512 nodes that open 256 images each at the same moment are 131,072 opens. If the metadata server managed only 1000 of them in a second, because others use it too, the last would have to wait for 131 s, longer than the timeout of 100 s. At 128 images it is 66 s (second row). The 1000 is chosen to make it so, and nobody knows the real number.
@@ -523,7 +524,7 @@ figure = store_drawing.batches(sweep, published)
 
 # %% alt="Three panels for timeouts of 20, 100 and 300 seconds; in each, opens per second against the number of batches opened at once. A diagonal hatched band, a factor of two wide, separates the settings in which both batches run, above, from those in which both fail, below."
 settings_map = cases.timeout_map()
-figure = store_drawing.timeouts(settings_map)
+figure = draw.timeouts(settings_map)
 
 # %% [markdown]
 # The band is a factor of two wide everywhere, because the batches differ by a factor of two. So bursts, opens and a timeout *can* reproduce what was seen, and need one particular ratio for it. With the full 46,580 opens a second, for example, a loader that opens 64 batches at once would do it. **Why the job died is not published**; this is one explanation that is consistent with it, and mean bandwidth is not one.
@@ -539,7 +540,7 @@ pays = cases.break_even(cori["Lustre, 64 targets as measured"], cori["burst buff
 pays.round(2)
 
 # %% alt="Four panels for 512, 1024, 2048 and 8192 nodes: time against epochs, dashed from the shared file system, solid staged first. At 512 nodes the lines are parallel and staging never pays; at 1024 they cross after 15 epochs; at 2048 after 2.4; at 8192 after 1.2."
-figure = store_drawing.break_even(pays, epochs=20)
+figure = draw.break_even(pays, epochs=20)
 
 # %% [markdown]
 # (The titles round up to whole epochs.) As long as Lustre keeps up there is nothing to win. From there on each further node leaves Lustre's epoch as long as it was, and shortens the staged one. A training of 80 epochs at 8192 nodes:
@@ -668,7 +669,7 @@ stage_first = {"a": False, "b": True, "c": False}
 # --- end solution
 
 # %% tags=["check"]
-from nurion_utils.staging import cases
+from nurion_utils.storage import cases
 
 jobs = {"a": (300, 290, 15), "b": (900, 120, 1), "c": (240, 240, 200)}
 assert all(answer is not None for answer in stage_first.values()), "Put True or False in place of the dots for each job."

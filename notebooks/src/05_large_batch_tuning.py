@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 from nurion_utils import large_batch, ranks
-from nurion_utils.large_batch import DigitsTask, Recipe, drawing, experiment, sweep
+from nurion_utils.large_batch import DigitsTask, Recipe, draw, experiment, sweep
 
 if full:
     n_seeds, live_batches, search_trials, noise_epochs = 10, [512, 1024, 2048, 4096, 8192], 60, 10
@@ -92,7 +92,7 @@ rules = {(name, batch): recipe for batch in live_batches for name, recipe in exp
 
 def so_far(table: pd.DataFrame):
     """A figure that fills in while trainings end, where somebody watches."""
-    return drawing.errors(table.assign(method=[name for name, _ in table["name"]]), base_error)
+    return draw.errors(table.assign(method=[name for name, _ in table["name"]]), base_error)
 
 
 live = sweep(rules, range(n_seeds), world, task, show=so_far)
@@ -141,7 +141,7 @@ intervals(pd.concat([base_runs.assign(method="base"), live]))
 # %% alt="Validation error after each of ten epochs at a batch of 4096, twelve trainings with warm-up and twelve without. With warm-up all fall quickly below 20 per cent. Without it nearly all stay between 60 and 90 per cent to the end; the fall of the rate after the third epoch helps them little."
 recorded = experiment.recorded()
 report = recorded[recorded["part"] == "report"]
-figure = drawing.courses(report[report["method"].isin(["linear", "linear, warm-up"])], 4096)
+figure = draw.courses(report[report["method"].isin(["linear", "linear, warm-up"])], 4096)
 
 # %% [markdown]
 # Without warm-up the first steps are far too long, and throw the network somewhere from where it does not come back, not even with small steps later: none of the twelve ends below 60 %. With warm-up the same rate, 6.4, is tolerated from the end of the second epoch on, with some swaying.
@@ -155,7 +155,7 @@ figure = drawing.courses(report[report["method"].isin(["linear", "linear, warm-u
 # %% alt="Left: test error against batch from 512 to 16384 for seven methods on digits, error on a logarithmic axis. The fixed rate rises at once, the square root slowly; the linear rule follows the base error up to 2048 and leaps to 80 per cent and more at 4096, with warm-up at 8192. Tuned SGD, LAMB and, lowest, LARS rise slowly. Right: Goyal's published ImageNet errors, flat up to 8192 with linear rule and warm-up, then rising; at 8192 single points for the fixed rate, the square root and other warm-ups lie above."
 recorded_base = report.loc[report["method"] == "base", "test_error"].mean()
 figure, (ours, theirs) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-drawing.errors(report[report["method"] != "base"], recorded_base, ours)
+draw.errors(report[report["method"] != "base"], recorded_base, ours)
 ours.set_title("digits, recorded", fontsize=10)
 goyal = experiment.published().query("study == 'Goyal'").assign(value=lambda t: t["value"].astype(float), batch=lambda t: t["batch"].astype(int))
 curve = goyal[goyal["setting"] == "linear, gradual warm-up"]
@@ -163,7 +163,7 @@ theirs.semilogx(curve["batch"], curve["value"], color="#0072B2", marker="o", ms=
 markers = {"fixed": ("#D55E00", "s"), "square root": ("#E69F00", "v"), "linear, no warm-up": ("#56B4E9", "^"), "linear, constant warm-up": ("black", "x")}
 for setting, (colour, marker) in markers.items():
     theirs.plot(8192, goyal.loc[goyal["setting"] == setting, "value"].item(), ls="", color=colour, marker=marker, ms=7, label=setting)
-drawing.batch_axis(theirs, sorted(curve["batch"]))
+draw.batch_axis(theirs, sorted(curve["batch"]))
 theirs.set(ylabel="top-1 error, %", ylim=(0, 45), title="ImageNet, ResNet-50: published (Goyal et al. 2017)")
 theirs.title.set_fontsize(10)
 theirs.legend(frameon=False, fontsize=8, loc="lower left")
@@ -231,7 +231,8 @@ def train_and_listen(task, recipe, epochs: int) -> "pd.DataFrame":
     import keras
 
     from nurion_utils.large_batch import NoiseScale
-    from nurion_utils.training import BroadcastCallback, DistributedOptimizer, Shard
+    from nurion_utils.training import BroadcastCallback, DistributedOptimizer
+    from nurion_utils.datasets import Shard
 
     hvd.init()
     data = task.load()
@@ -266,7 +267,7 @@ reached.round(2)
 
 # %% alt="Two panels against the batch, both logarithmic. Steps to the target error fall in proportion to the batch at first and then flatten; samples are constant at first and then rise in proportion. A dotted line in both marks the critical batch, where the curves bend."
 curve = large_batch.tradeoff(np.geomspace(reached["batch"].min(), reached["batch"].max(), 50), fitted.steps_min, fitted.samples_min)
-figure = drawing.tradeoff(reached, curve, fitted.batch)
+figure = draw.tradeoff(reached, curve, fitted.batch)
 
 # %% [markdown]
 # (Steps are not whole because the moment of the target is interpolated between two epochs. The rates do not fall here, so others are best than with decay.) Up to 512 a larger batch costs next to nothing, and at 2048 a fifth more samples than at 32 (the fitted curve says two fifths; it is not perfect). Around 5000 the curves bend. At 16,384 it takes more than four times the samples of the batch of 32, and 10 steps less than at 8192.

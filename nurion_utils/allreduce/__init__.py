@@ -7,26 +7,6 @@
 >>> ring.check()  # raises ScheduleError if the schedule is wrong
 """
 
-from nurion_utils._lazy import load_on_use
+import lazy_loader
 
-_MODULE_OF = {
-    "Link": "schedule",
-    "Schedule": "schedule",
-    "ScheduleError": "schedule",
-    "Step": "schedule",
-    "Transfer": "schedule",
-    "naive": "algorithms",
-    "tree": "algorithms",
-    "ring": "algorithms",
-    "recursive_doubling": "algorithms",
-    "rabenseifner": "algorithms",
-    "hierarchical": "algorithms",
-    "SharedArray": "shared",
-    "FatTree": "fabric",
-    "lab": "network",
-    "compare_backends": "comparing",
-    "LabError": "network",
-}
-_MODULES = ["algorithms", "backends", "checking", "comparing", "drawing", "epochs", "fabric", "fusion"]
-_MODULES += ["measuring", "network", "running", "schedule", "shared", "timeline"]
-__all__, __getattr__, __dir__ = load_on_use(__name__, _MODULES, _MODULE_OF)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

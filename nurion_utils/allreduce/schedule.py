@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mpi4py import MPI
 
-    from nurion_utils.allreduce.fabric import FatTree
+    from nurion_utils.allreduce.fattree import FatTree
 
 
 class Transfer(NamedTuple):
@@ -249,7 +249,7 @@ class Schedule:
 
     def simulate(self, size_bytes: float, fabric: FatTree, placement: np.ndarray | None = None) -> pd.DataFrame:
         """Send every step through a fabric with shared links; see `fabric.simulate`."""
-        from nurion_utils.allreduce.fabric import simulate
+        from nurion_utils.allreduce.fattree import simulate
 
         return simulate(self, size_bytes, fabric, placement)
 
@@ -271,13 +271,13 @@ class Schedule:
 
     def draw(self) -> Figure:
         """Who holds what after each step; see `drawing.draw`."""
-        from nurion_utils.allreduce.drawing import draw
+        from nurion_utils.allreduce.draw import draw
 
         return draw(self)
 
     def animate(self) -> FuncAnimation:
         """The same as a moving picture; see `drawing.animate`."""
-        from nurion_utils.allreduce.drawing import animate
+        from nurion_utils.allreduce.draw import animate
 
         return animate(self)
 

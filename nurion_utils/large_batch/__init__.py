@@ -8,36 +8,6 @@ Each name loads its module, and with it TensorFlow, when it is first used; so be
 import what it was trained with, such as `LARS` and `RecipeSchedule`.
 """
 
-from nurion_utils._lazy import load_on_use
+import lazy_loader
 
-_MODULE_OF = {
-    "CorrectedSGD": "optimizers",
-    "DigitsTask": "tasks",
-    "GroupedBatchNormalization": "batch_norm",
-    "LARS": "optimizers",
-    "NoiseScale": "noise_scale",
-    "Recipe": "recipes",
-    "RecipeError": "recipes",
-    "RecipeSchedule": "schedules",
-    "SyncBatchNormalization": "batch_norm",
-    "critical_batch": "noise_scale",
-    "search": "searching",
-    "split_noise_scale": "noise_scale",
-    "sweep": "sweeping",
-    "tradeoff": "noise_scale",
-    "zero_gamma": "batch_norm",
-}
-_MODULES = [
-    "batch_norm",
-    "drawing",
-    "experiment",
-    "lanes",
-    "noise_scale",
-    "optimizers",
-    "recipes",
-    "schedules",
-    "searching",
-    "sweeping",
-    "tasks",
-]
-__all__, __getattr__, __dir__ = load_on_use(__name__, _MODULES, _MODULE_OF)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -158,7 +158,7 @@ class Recipe:
 
     def schedule(self, samples: int) -> keras.optimizers.schedules.LearningRateSchedule:
         """The same as a Keras schedule, which saves and loads with the optimizer."""
-        from nurion_utils.large_batch.schedules import RecipeSchedule
+        from nurion_utils.large_batch.learning_rate import RecipeSchedule
 
         return RecipeSchedule(self, samples)
 

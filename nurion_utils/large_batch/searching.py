@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nurion_utils._checks import whole_number
-from nurion_utils._notebook import meter
 from nurion_utils.large_batch.recipes import Recipe, RecipeError
+from nurion_utils.ranks.notebook import meter
 
 if TYPE_CHECKING:
     import optuna
@@ -133,7 +133,7 @@ def work(recipe: Recipe, space: Space, trials: int, seeds: Sequence[int], task: 
     """What each rank does, in a study in which `begun` trials were begun before."""
     import optuna
 
-    from nurion_utils.large_batch import lanes
+    from nurion_utils.large_batch import replicas
 
     rank = int(os.environ.get("PMI_RANK", 0))
     study = _study(folder, seed=1000 * rank + begun)  # a search that goes on must not draw the same settings again
@@ -157,7 +157,7 @@ def work(recipe: Recipe, space: Space, trials: int, seeds: Sequence[int], task: 
         except RecipeError as error:
             trial.set_user_attr("failure", str(error))
             raise
-        results = lanes.train(task, [(chosen, seed) for seed in seeds], on_epoch)
+        results = replicas.train(task, [(chosen, seed) for seed in seeds], on_epoch)
         if pruned:
             raise optuna.TrialPruned
         return float(np.mean([result["validation_error"][-1] for result in results]))

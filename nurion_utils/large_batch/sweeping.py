@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nurion_utils._checks import whole_number
-from nurion_utils._notebook import meter, somebody_watches
 from nurion_utils.large_batch.recipes import Recipe, RecipeError
+from nurion_utils.ranks.notebook import meter, somebody_watches
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,7 +135,7 @@ def divide(runs: Sequence[Run], ranks: int) -> list[list[Run]]:
 
 def work(task: Any, jobs: Sequence[Sequence[Run]], folder: Path, claims: Path) -> None:
     """What each rank does: claim the next job that nobody has, carry it out, write down what came of it."""
-    from nurion_utils.large_batch import lanes
+    from nurion_utils.large_batch import replicas
 
     rank = int(os.environ.get("PMI_RANK", 0))
     tell = meter(sum(map(len, jobs)) if rank == 0 else 0, "training")
@@ -145,15 +145,15 @@ def work(task: Any, jobs: Sequence[Sequence[Run]], folder: Path, claims: Path) -
                 (claims / str(number)).touch(exist_ok=False)
             except FileExistsError:
                 continue
-            for row in _carry_out(lanes, task, job):
+            for row in _carry_out(replicas, task, job):
                 journal.write(json.dumps(row) + "\n")
             journal.flush()
             tell(len(job))
 
 
-def _carry_out(lanes: Any, task: Any, job: Sequence[Run]) -> list[dict[str, Any]]:
+def _carry_out(replicas: Any, task: Any, job: Sequence[Run]) -> list[dict[str, Any]]:
     try:
-        results = lanes.train(task, job)
+        results = replicas.train(task, job)
     except Exception as error:  # of one training or of what they share: no reason to lose all others
         results = [{"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}] * len(job)
     rows = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from nurion_utils.training import digits
+from nurion_utils.datasets import digits
 
 if TYPE_CHECKING:
     import keras

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nurion_utils.staging.back_ends import guard
+from nurion_utils.jobs.burst_buffers import guard
 from nurion_utils.staging.copying import TEMPORARY, Record, read_records, record_of_link
 from nurion_utils.staging.plans import RECORDS, File, StageError, StagePlan, Tree, bytes_text, is_within, scan
 

@@ -112,9 +112,9 @@ def stage(
         raise StageError("passing files on needs ranks: give stage a World, or start it with mpiexec")
     if ranks is None:
         return _stage_here(source, destination, workers, verify)
-    from nurion_utils.staging import passing  # MPI loads only where there are ranks
+    from nurion_utils.staging import replicate  # MPI loads only where there are ranks
 
-    return passing.stage_on_ranks(ranks, source, destination, everyone, verify)
+    return replicate.stage_on_ranks(ranks, source, destination, everyone, verify)
 
 
 def purge(destination: str | os.PathLike) -> int:
@@ -248,7 +248,7 @@ def _in_processes(
     """Run a function of `copying` on each share, in processes that end with this one."""
     import selectors
 
-    command = [sys.executable, "-P", "-m", "nurion_utils.staging._worker", str(os.getpid())]
+    command = [sys.executable, "-P", "-m", "nurion_utils.staging.worker", str(os.getpid())]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     failures: dict[str, str] = {}
     with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
@@ -302,7 +302,7 @@ def missing(destination: str, files: Sequence[File], why: str) -> dict[str, str]
 @contextlib.contextmanager
 def _progress(total: int, title: str) -> Iterator[Callable[[int], None]]:
     """A bar with bytes, rate and time left where somebody watches."""
-    from nurion_utils._notebook import somebody_watches
+    from nurion_utils.ranks.notebook import somebody_watches
 
     if not somebody_watches():
         yield lambda done: None

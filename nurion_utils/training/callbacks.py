@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from nurion_utils.training._communicator import communicator
+from nurion_utils.training.communicator import communicator
 from nurion_utils.training.optimizer import _PluggedReduction
 
 

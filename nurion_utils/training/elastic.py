@@ -19,7 +19,7 @@ import tensorflow as tf
 from horovod.common.elastic import ObjectState, run_fn
 from horovod.common.exceptions import HorovodInternalError
 
-from nurion_utils.training._elastic_launcher import elastic_launch
+from nurion_utils.ranks.launchers.elastic import elastic_launch
 from nurion_utils.training.callbacks import broadcast_model
 
 __all__ = ["ElasticState", "elastic_launch", "elastic_run"]

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from nurion_utils.training._communicator import hvd
+from nurion_utils.training.communicator import hvd
 
 AVERAGE = hvd.Average if hvd else None
 UNCOMPRESSED = hvd.Compression.none if hvd else None

@@ -5,7 +5,8 @@ from functools import partial
 import pandas as pd
 from blocks import alternate
 
-from nurion_utils.allreduce import backends, comparing
+from nurion_utils import backends
+from nurion_utils.backends import comparing
 
 KNOWN = {**backends.BACKENDS, "Gloo as shipped": backends.GLOO_AS_SHIPPED}
 

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from nurion_utils._engine import cores_by_rank, end_with_parent
+from nurion_utils.ranks.engine import cores_by_rank, end_with_parent
 
 
 def main() -> None:

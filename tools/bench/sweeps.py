@@ -33,9 +33,9 @@ def measure(batch: int, seeds: int = 32, epochs: int = 5, pairs: int = 5) -> pd.
 
 
 def _fit(task: DigitsTask, recipe: Recipe) -> float:
-    from nurion_utils.large_batch import lanes
+    from nurion_utils.large_batch import replicas
 
     begin = time.perf_counter()
     for seed in range(FITS):
-        lanes.fit(task, recipe, seed)
+        replicas.fit(task, recipe, seed)
     return (time.perf_counter() - begin) / FITS

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from blocks import alternate
 
-from nurion_utils.allreduce import timeline
+from nurion_utils.backends import timeline
 
 START_US = 1_795_551_301_659_418
 FUSED, TENSORS = 8, 40

@@ -1,0 +1,11 @@
+from . import allreduce as allreduce
+from . import backends as backends
+from . import datasets as datasets
+from . import health as health
+from . import jobs as jobs
+from . import large_batch as large_batch
+from . import ranks as ranks
+from . import sites as sites
+from . import staging as staging
+from . import storage as storage
+from . import training as training

@@ -1,0 +1,16 @@
+from . import comparing as comparing
+from . import epochs as epochs
+from . import fusion as fusion
+from . import horovod as horovod
+from . import recording as recording
+from . import timeline as timeline
+from .comparing import compare_backends as compare_backends
+from .horovod import BACKENDS as BACKENDS
+from .horovod import GLOO_AS_SHIPPED as GLOO_AS_SHIPPED
+from .horovod import KEEP_MEMORY as KEEP_MEMORY
+from .horovod import Backend as Backend
+from .horovod import BackendError as BackendError
+from .horovod import init as init
+from .horovod import named as named
+from .horovod import require_built as require_built
+from .horovod import shutdown as shutdown

@@ -1,0 +1,189 @@
+"""One epoch of ResNet-50 with dummy data over each backend: the experiment of the founding paper, small.
+
+>>> from nurion_utils.backends import epochs
+>>> table = epochs.measure(["MPI", "oneCCL ring"], image=64)
+>>> epochs.speedups(table)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nurion_utils import _data
+from nurion_utils._checks import require_columns, whole_number
+from nurion_utils.backends.comparing import Groups
+from nurion_utils.backends.horovod import Backend, init, named, shutdown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+GRADIENT_BYTES = 4 * 25_583_592
+
+
+def measure(
+    backends: Sequence[str] | Mapping[str, Backend] = ("MPI", "oneCCL ring"),
+    ranks: int = 2,
+    *,
+    image: int = 64,
+    batch: int = 4,
+    steps: int = 4,
+    repeats: int = 5,
+    env: Mapping[str, str] | None = None,
+    rate_mbit: float | None = None,
+) -> pd.DataFrame:
+    """Train ResNet-50 for epochs of a few steps on random images, the backends in turn, and say where the time went.
+
+    A step computes the gradients, averages all 161 of them in one group as `DistributedOptimizer` does, and updates the
+    weights by SGD with momentum. The three parts are timed one by one. Nothing is hidden by that: a group is
+    reduced when its last gradient is there, so here communication and computing do not overlap anyway.
+
+    Parameters
+    ----------
+    backends
+        Names in `nurion_utils.backends.horovod.BACKENDS`, or backends of your own by name.
+    ranks
+        Ranks per backend.
+    image
+        Pixels along an edge, from 32 up. It changes the time of computing, and leaves the gradients at 102 MB.
+    batch
+        Images per rank and step.
+    steps
+        Steps of an epoch.
+    repeats
+        Epochs per backend.
+    env
+        Further environment variables for the ranks; not with `rate_mbit`.
+    rate_mbit
+        If given, the ranks sit in a network lab with links of that rate, in Mbit/s.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per epoch: ``backend, ranks, image, batch_per_rank, repeat``; ``epoch_s`` (of the slowest rank);
+        ``communication_s``, the part of it in the averaging, in which a rank also waits for a slower one;
+        ``communication_share``; ``images_per_s`` of all ranks; ``absent``: why a backend could not be measured.
+
+    Raises
+    ------
+    ValueError
+        An argument is not possible; nothing was started.
+    RankError, LabError
+        A rank raised, or ranks died twice; or there can be no lab here.
+    """
+    import pandas as pd
+
+    chosen = named(backends)
+    ranks, image = whole_number(ranks, "ranks", 2), whole_number(image, "image", 32)
+    batch, steps = whole_number(batch, "batch"), whole_number(steps, "steps")
+    repeats = whole_number(repeats, "repeats")
+    rows = []
+    with Groups(chosen, ranks, env, rate_mbit, most_bytes=4 * GRADIENT_BYTES * (steps + 1)) as groups:
+        for repeat, name in groups.turns(repeats):
+            for times in groups.run(name, _epoch, chosen[name], image, batch, steps)[:1]:
+                rows.append((name, ranks, image, batch, repeat, *times, ""))
+        for name, why in groups.absent.items():
+            rows.append((name, ranks, image, batch, -1, np.nan, np.nan, why))
+    columns = ["backend", "ranks", "image", "batch_per_rank", "repeat", "epoch_s", "communication_s", "absent"]
+    table = pd.DataFrame(rows, columns=columns)
+    table.insert(7, "communication_share", table["communication_s"] / table["epoch_s"])
+    table.insert(8, "images_per_s", ranks * batch * steps / table["epoch_s"])
+    return table
+
+
+def speedups(table: pd.DataFrame, of: str = "MPI") -> pd.DataFrame:
+    """How many times as fast as over `of` an epoch is over each other backend, by pairs of turns.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per backend and image: ``speedup`` (median), ``low, high`` (quartiles), ``communication_share`` of
+        `of` (median), ``communication_speedup`` (ratio of the median times in communication).
+    """
+    import pandas as pd
+
+    require_columns(table, ["backend", "image", "repeat", "epoch_s", "communication_s"])
+    measured = table.dropna(subset="epoch_s")
+    if of not in set(measured["backend"]):
+        raise ValueError(f"the table has no time of {of!r}, only of {', '.join(sorted(set(measured['backend'])))}")
+    if measured.duplicated(["backend", "image", "repeat"]).any():
+        raise ValueError("the table has several times of the same turn; choose the rows of one network")
+    rows = []
+    for image, group in measured.groupby("image"):
+        epochs = group.pivot(index="repeat", columns="backend", values="epoch_s")
+        waiting = group.groupby("backend")["communication_s"].median()
+        share = (waiting / group.groupby("backend")["epoch_s"].median())[of]
+        for name in [name for name in epochs if name != of]:
+            low, median, high = (epochs[of] / epochs[name]).quantile([0.25, 0.5, 0.75])
+            rows.append((name, image, median, low, high, share, waiting[of] / waiting[name]))
+    columns = ["backend", "image", "speedup", "low", "high", "communication_share", "communication_speedup"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def recorded() -> pd.DataFrame:
+    """What `measure` gave elsewhere: its columns, ``rate_mbit`` (empty without a lab) and ``source``."""
+    return _data.read("resnet_epochs")
+
+
+def published() -> pd.DataFrame:
+    """Published speedups of one communication library over another, with sources; ``data/published_backends.csv``."""
+    return _data.read("published_backends")
+
+
+def _epoch(backend: Backend, image: int, batch: int, steps: int) -> tuple[float, float]:
+    """On every rank: seconds of an epoch and of its communication, on the slowest rank."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    gradients_of, reduce, update, x, y = _trainer(image, batch)
+    init(backend)
+    update(reduce(gradients_of(x, y)))  # warms up
+    comm.Barrier()
+    communication_s, begin_s = 0.0, time.perf_counter()
+    for _ in range(steps):
+        gradients = gradients_of(x, y)
+        computed_s = time.perf_counter()
+        averages = reduce(gradients)
+        communication_s += time.perf_counter() - computed_s
+        update(averages)
+    epoch_s = time.perf_counter() - begin_s
+    shutdown()
+    return comm.allreduce((epoch_s, communication_s), op=MPI.MAX)
+
+
+@lru_cache(maxsize=1)
+def _trainer(image: int, batch: int) -> tuple[Callable, Callable, Callable, Any, Any]:
+    import horovod.tensorflow as hvd
+    import keras
+    import tensorflow as tf
+
+    from nurion_utils.training import models
+
+    model = models.resnet50(image)
+    variables = model.trainable_variables
+    optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
+    optimizer.build(variables)
+    loss_of = keras.losses.SparseCategoricalCrossentropy()
+
+    @tf.function
+    def gradients_of(x: tf.Tensor, y: tf.Tensor) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            loss = loss_of(y, model(x, training=True))
+        return tape.gradient(loss, variables)
+
+    @tf.function
+    def reduce(gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+        return hvd.grouped_allreduce(gradients, op=hvd.Average, name="gradients")
+
+    @tf.function
+    def update(gradients: list[tf.Tensor]) -> None:
+        optimizer.apply(gradients, variables)
+
+    random = np.random.default_rng(0)
+    x = tf.constant(random.random((batch, image, image, 3)), tf.float32)
+    return gradients_of, reduce, update, x, tf.constant(random.integers(0, 1000, batch))

@@ -1,0 +1,61 @@
+"""Record what notebook 03 shows of other numbers of ranks, other memory and other networks.
+
+    python -m nurion_utils.backends.recording backends > data/backends.csv
+    python -m nurion_utils.backends.recording epochs > data/resnet_epochs.csv
+
+They take eleven and four minutes, on a machine with nothing else to do.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+import sys
+
+import pandas as pd
+
+from nurion_utils.backends import comparing, epochs
+from nurion_utils.backends.horovod import BACKENDS, GLOO_AS_SHIPPED, KEEP_MEMORY, Backend
+
+WITHOUT_WORKER = Backend("CCL", {"CCL_ALLREDUCE": "ring", "CCL_WORKER_OFFLOAD": "0"})
+SIZES = [2**12, 2**16, 2**18, 2**20, 2**22, 2**24, 2**26]
+
+
+def backends() -> pd.DataFrame:
+    """All backends, oneCCL without its worker thread, and Gloo as shipped, on 2 and 4 ranks, memory freed and kept."""
+    contenders = {**BACKENDS, "oneCCL ring, no worker": WITHOUT_WORKER, "Gloo as shipped": GLOO_AS_SHIPPED}
+    tables = []
+    for ranks in (2, 4):
+        for memory, env in (("freed", {}), ("kept", KEEP_MEMORY)):
+            table = comparing.compare_backends(SIZES, ranks, contenders, repeats=7, cycles_ms=(1.0, 0.1), env=env)
+            tables.append(table.assign(memory=memory))
+    return pd.concat(tables)
+
+
+def resnet_epochs() -> pd.DataFrame:
+    """ResNet-50 over three backends: two sizes of images in memory, one across links of 1000 and of 200 Mbit/s."""
+    names = ["MPI", "Gloo", "oneCCL ring"]
+    tables = [epochs.measure(names, image=image, steps=4, repeats=7) for image in (64, 128)]
+    for rate_mbit in (1000.0, 200.0):
+        across = epochs.measure(names, image=64, steps=1, repeats=3, rate_mbit=rate_mbit)
+        tables.append(across.assign(rate_mbit=rate_mbit))
+    return pd.concat(tables)
+
+
+def main() -> None:
+    """Write the table to the standard output."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["backends", "epochs"])
+    what = parser.parse_args().what
+    cores, linux = len(os.sched_getaffinity(0)), ".".join(platform.release().split(".")[:2])
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("horovod", "mpich", "oneccl-devel"))
+    table = {"backends": backends, "epochs": resnet_epochs}[what]()
+    if table["absent"].any():
+        sys.exit(f"a recording must be complete, and it lacks: {table.loc[table['absent'] != '', 'absent'].iloc[0]}")
+    source = f"recorded with {versions} and Linux {linux} on {cores} cores, {datetime.date.today()}"
+    table.assign(source=source).to_csv(sys.stdout, index=False, float_format="%.6g")
+
+
+if __name__ == "__main__":
+    main()

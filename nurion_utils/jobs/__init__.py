@@ -1,0 +1,5 @@
+"""A notebook or program as a job of a supercomputer."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,178 @@
+"""What a reader is told when ranks fail: who did what, where it happened, and nothing about the machinery."""
+
+import itertools
+import linecache
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nurion_utils.ranks.engine import HOROVOD_ENDED, Failure
+
+# Lines of stacks and logs that are about how a rank works, not about the reader's code
+MACHINERY = re.compile(
+    r"/(_engine\.py|IPython|ipykernel|ipyparallel|traitlets|tornado|asyncio|selectors\.py)\b|<frozen |\[IPController\]"
+    r'|"<string>", line 1 in <module>|^Extension modules|^WARNING: All log messages before absl|^I\d{4} '
+)
+LAST_LINES = 12
+# What Horovod's stall check logs when it gives up; its warnings before lack the last line
+STALL = re.compile(r'Missing ranks:\n((?:\d+!?: \[.*\]\n)+)One or more rank \(marked by "!"\).*? than (\d+) seconds')
+
+
+class RankError(RuntimeError):
+    """A rank raised, died, or did not finish in time; the message names it and shows its traceback."""
+
+    __module__ = "nurion_utils.ranks"  # where the reader finds it
+
+    def _render_traceback_(self) -> list[str]:
+        # What IPython shows instead of the frames of this package, which would tell a reader nothing.
+        return [f"{type(self).__name__}: {self}"]
+
+
+def results(work: Any, n: int) -> list[Any]:
+    """The results of an ipyparallel AsyncResult by rank, or the one error that it comes down to, of `n` ranks."""
+    found = errors(work)
+    for error in found.values():
+        if isinstance(error, RankError):
+            raise error from None  # it tells the whole story
+    if found:
+        raise RankError(raised(found, n)) from None
+    return [future.result() for future in work._children]
+
+
+def errors(work: Any) -> dict[int, Any]:
+    """What the ranks that have finished raised, by rank; ipyparallel hands a rank's error over as a result."""
+    done = {rank: future.result() for rank, future in zip(work._targets, work._children, strict=True) if future.done()}
+    return {rank: error for rank, error in done.items() if isinstance(error, Exception | Failure)}
+
+
+def unfinished(work: Any) -> list[int]:
+    """The ranks that are still at it."""
+    return [rank for rank, future in zip(work._targets, work._children, strict=True) if not future.done()]
+
+
+def numbered(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else "ranks " + ", ".join(map(str, ranks))
+
+
+def raised(errors: dict[int, Any], n: int) -> str:
+    """One sentence on who raised what, or is to blame for it, then a traceback; `errors` is by rank."""
+    # Ranks that Horovod let down are seldom the ones that began it.
+    errors = {rank: error for rank, error in errors.items() if HOROVOD_ENDED not in _what(error)} or errors
+    rank, error = next(iter(errors.items()))
+    others = f" (and so did {numbered([r for r in errors if r != rank])})" if len(errors) > 1 else ""
+    what = _what(error)
+    if isinstance(error, Failure):
+        frames = [
+            traceback.FrameSummary(cell_name(file), line, name, line=linecache.getline(file, line))
+            for file, line, name in error.frames
+        ]
+        trace = "".join(traceback.StackSummary.from_list(frames).format()) + what
+    else:
+        trace = getattr(error, "traceback", what)
+    logs = [getattr(error, "horovods_log", "") for error in errors.values()]
+    story = next(filter(None, map(stall, logs)), "") or f"rank {rank} of {n} raised {what}{others}"
+    return f"{story}\n--- traceback of rank {rank} ---\n{trace}"
+
+
+def _what(error: Any) -> str:
+    if isinstance(error, Failure):
+        return error.what
+    # of ipyparallel: a %%px cell raised, or could not be run
+    return f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
+
+
+def stall(horovods_log: str) -> str:
+    """One sentence on the ranks that Horovod has waited for in vain, if that is why it ended; else nothing."""
+    found = STALL.findall(horovods_log)
+    if not found:
+        return ""
+    lines, wait_s = found[-1]
+    ranks_by_tensors: dict[str, list[int]] = {}
+    for rank, tensors in re.findall(r"(\d+)!: \[(.*)\]\n", lines):
+        first, *more = tensors.split(", ")
+        ranks_by_tensors.setdefault(f"{first!r}{' and others' * bool(more)}", []).append(int(rank))
+    missing = ", and ".join(f"{numbered(ranks)} never submitted tensor {t}" for t, ranks in ranks_by_tensors.items())
+    return (
+        f"{missing}, for which other ranks waited over {wait_s} s: every rank must call the same collectives equally "
+        "often (start Horovod anew with hvd.shutdown() and hvd.init() on all ranks)"
+    )
+
+
+def ended(names: list[str], directory: Path) -> str:
+    """How processes ended, and their last words; `names` is some of rank0, rank1, ... and controller."""
+    _wait_for_text([directory / f"{name}.status" for name in names if name != "controller"])
+    ends = []
+    for name in names:
+        code = _read(directory / f"{name}.status")
+        if not code:
+            how = "died"
+        elif int(code) < 0:
+            how = f"was ended by {signal.Signals(-int(code)).name}"
+        else:
+            how = f"left its process with exit code {code}"
+        ends.append(f"{_called(name)} {how}")
+    return " and ".join(ends) + last_words(names, directory)
+
+
+def last_words(names: list[str], directory: Path) -> str:
+    """What processes wrote below Python, each under its name."""
+    text = ""
+    for name in names:
+        log = _read(directory / f"{name}.log").splitlines()
+        lines = [line for line in log if line.strip() and not MACHINERY.search(line)]
+        text += "\n".join(["", f"--- last words of {_called(name)} ---", *lines[-LAST_LINES:]]) if lines else ""
+    return text
+
+
+def stood(ranks: list[int], directory: Path) -> str:
+    """Where ranks stood, after they were told to write it down."""
+    files = {rank: directory / f"rank{rank}.stack" for rank in ranks}
+    _wait_for_text(files.values())
+    text = ""
+    for rank, file in files.items():
+        stack = [
+            re.sub(r'File "(.+?)"', lambda match: f'File "{cell_name(match[1])}"', line)
+            for line in _read(file).splitlines()[1:]
+        ]
+        own = itertools.takewhile(lambda line: not MACHINERY.search(line), stack)
+        where = "\n".join(own) or "  between two calls" if stack else "  it gave no answer, as if it were stopped"
+        text += f"\n--- where rank {rank} stood ---\n{where}"
+    return text
+
+
+def _called(name: str) -> str:
+    return "the controller" if name == "controller" else name.replace("rank", "rank ")
+
+
+def shell() -> Any:
+    """The running IPython, if any, without importing it for those who do not use it."""
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython is not None else None
+
+
+def cell_name(file: str) -> str:
+    """The reader knows a notebook cell as ``In[3]``, not by the temporary file it was compiled as."""
+    names = getattr(getattr(shell(), "compile", None), "_filename_map", {})
+    if file in names:
+        return f"In[{names[file]}]"
+    return "%%px cell" if re.search(r"/nurion-\w+/ipykernel_\d+/\d+\.py$", file) else file
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _wait_for_text(files: Iterable[Path]) -> None:
+    """Give others a moment to write."""
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline and not all(_read(file) for file in files):
+        time.sleep(0.01)
+    time.sleep(0.05)  # for the rest of the text

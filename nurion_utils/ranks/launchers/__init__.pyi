@@ -1,0 +1,2 @@
+from . import elastic as elastic
+from . import lab as lab

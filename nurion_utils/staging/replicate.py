@@ -1,0 +1,289 @@
+"""Stage on MPI ranks: each copies its share, or, where everyone needs everything, hands it on round the ring."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from nurion_utils.ranks.notebook import meter
+from nurion_utils.staging import stager
+from nurion_utils.staging.copying import (
+    Changed,
+    Writer,
+    copy_share,
+    require_unchanged,
+    shared_lock,
+    verify_share,
+    write_all,
+)
+from nurion_utils.staging.plans import File, StageError
+from nurion_utils.staging.preflight import Job, prepare
+
+BLOCK_BYTES, BLOCK_FILES = 8 << 20, 256  # what goes round the ring at once
+
+
+def stage_on_ranks(ranks: Any, source: str, destination: str, everyone: bool, verify: bool) -> stager.Report:
+    """`stager.stage` on a World, or on all ranks of a communicator, which call this together."""
+    from nurion_utils.ranks import RankError, World
+
+    if not isinstance(ranks, World):
+        result = _on_rank(ranks, source, destination, everyone, verify)
+    else:
+        stager.plan(source, destination.replace("{rank}", "0"), ranks.n, everyone)  # refused before ranks are asked
+
+        def on_rank() -> Any:
+            from mpi4py import MPI
+
+            from nurion_utils.staging import replicate
+
+            return replicate._on_rank(MPI.COMM_WORLD, source, destination, everyone, verify)
+
+        try:
+            result = ranks.run(on_rank)[0]
+        except RankError as error:
+            where = [destination.replace("{rank}", str(rank)) for rank in range(ranks.n if everyone else 1)]
+            failures = {}
+            for place in dict.fromkeys(where):
+                plan = stager.plan(source, place)  # what is there now
+                names = {file.path if len(where) == 1 else f"{place}: {file.path}": file for file in plan.files}
+                failures |= dict.fromkeys(names, "not staged when the ranks were lost")
+            first = next(iter(failures), "none")
+            raise StageError(
+                f"{str(error).splitlines()[0]}; {len(failures):,} files were not staged (the first: {first!r}), all "
+                "others are in place; restart the ranks, and a further run copies only what is missing",
+                failures or {"the manifest": "not written"},
+            ) from None
+    if isinstance(result, StageError):
+        raise result
+    return result
+
+
+def _on_rank(comm: Any, source: str, destination: str, everyone: bool, verify: bool) -> stager.Report | StageError:
+    """The same result on all ranks."""
+    began = time.perf_counter()
+    problem = None
+    hosts = comm.allgather(socket.gethostname())
+    if everyone and len(set(hosts)) < len(hosts) and "{rank}" not in destination:
+        return StageError("ranks that share a node would write the same files; put {rank} into the destination")
+    if everyone:
+        destination = destination.replace("{rank}", str(comm.rank))
+    job = None
+    try:
+        if everyone or comm.rank == 0:
+            job = prepare(source, destination, comm.size, everyone)
+    except StageError as error:
+        problem = StageError(f"rank {comm.rank}: {error}" if everyone else str(error))
+    if problem := next(filter(None, comm.allgather(problem)), None):
+        return problem
+    if not everyone:
+        job = comm.bcast(job)
+    return _carry_out(comm, job, everyone, verify, began)
+
+
+def _carry_out(comm: Any, job: Job, everyone: bool, verify: bool, began: float) -> stager.Report | StageError:
+    writes = everyone or comm.rank == 0
+    lock = stager.begin(job) if writes else None
+    problem = None
+    try:
+        if lock is not None:
+            lock.__enter__()
+    except (StageError, OSError) as error:
+        lock, problem = None, StageError(f"rank {comm.rank}: {error}")
+    try:
+        if problem := next(filter(None, comm.allgather(problem)), None):
+            return problem
+        plan = job.plan
+        with shared_lock(plan.destination):
+            if everyone:
+                failures, problem = _pass_on(comm, job)
+                if problem:
+                    return problem
+            else:
+                mine = [plan.files[i] for i in plan.share(comm.rank)]
+                tell = meter(sum(file.size for file in mine), "staging", "B")
+                failures = _merged(comm, copy_share(plan.source, plan.destination, mine, job.present, tell))
+            mended_files = 0
+            if verify:
+                records = stager.staged_records(job)
+                mine = list(records.items()) if everyone else list(records.items())[comm.rank :: comm.size]
+                tell = meter(sum(size for _, (size, _, _) in mine), "verifying", "B")
+                damaged = verify_share(plan.destination, mine, tell)
+                again = [file for file in (*plan.files, *plan.staged) if file.path in damaged]
+                mended = copy_share(plan.source, plan.destination, again, [], _nobody)
+                mended |= verify_share(plan.destination, [(f.path, records[f.path]) for f in again], _nobody)
+                failures |= mended if everyone else _merged(comm, mended)
+                mended_files = comm.allreduce(len(again))
+        problem = None
+        try:
+            if writes:
+                stager.finish(job, failures)
+        except StageError as error:
+            problem = error
+        if problem := next(filter(None, comm.allgather(problem)), None):
+            return problem
+        return comm.bcast(stager.report(job, began, verify, mended_files))
+    finally:
+        if lock is not None:
+            lock.__exit__(None, None, None)
+
+
+def _nobody(done: int) -> None:
+    """For what is too little to be shown."""
+
+
+def _merged(comm: Any, failures: dict[str, str]) -> dict[str, str]:
+    return {path: why for each in comm.allgather(failures) for path, why in each.items()}
+
+
+def _pass_on(comm: Any, job: Job) -> tuple[dict[str, str], StageError | None]:
+    """Read each file on one rank, and hand it on to all: in step s, rank r sends on what it got in step s - 1."""
+    mine = {file.path for file in job.plan.files}
+    # what one rank lacks, all see pass: a rank that has it hands it on
+    wanted = {path for paths in comm.allgather(mine) for path in paths}
+    files = tuple(file for file in sorted((*job.plan.files, *job.plan.staged)) if file.path in wanted)
+    plan = dataclasses.replace(job.plan, files=files, staged=(), reader=())
+    if len(set(comm.allgather(hash_of(files)))) > 1:
+        return {}, StageError("the source changed while the ranks looked at it; stage again when nobody writes to it")
+    adopted = [file for file in job.plan.files if file.path in job.present]
+    failures = copy_share(plan.source, plan.destination, adopted, job.present, _nobody)
+    mine -= set(job.present)
+
+    blocks = [list(_blocks(plan.files, plan.share(rank))) for rank in range(comm.size)]
+    tell = meter(sum(file.size for file in files), "staging", "B")
+    reader, receiver = _Reader(plan), _Receiver(plan, mine)
+    buffers = [np.empty(BLOCK_BYTES, np.uint8) for _ in range(2)]
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    umask = os.umask(0)
+    try:
+        for turn in range(max(map(len, blocks))):
+            here = [each[turn] if turn < len(each) else [] for each in blocks]
+            status = reader.read(here[comm.rank], buffers[0])
+            receiver.take(here[comm.rank], buffers[0], status)
+            tell(sum(length for _, _, length in here[comm.rank]))
+            for step in range(comm.size - 1):
+                sent, received = here[(comm.rank - step) % comm.size], here[(comm.rank - step - 1) % comm.size]
+                status = comm.sendrecv(status, right, source=left)
+                lengths = [sum(length for _, _, length in block) for block in (sent, received)]
+                outgoing, incoming = (buffer[:n] for buffer, n in zip(buffers, lengths, strict=True))
+                comm.Sendrecv(outgoing, right, recvbuf=incoming, source=left)
+                receiver.take(received, buffers[1], status)
+                tell(lengths[1])
+                buffers.reverse()
+    finally:
+        os.umask(umask)
+        reader.close()
+        receiver.close()
+    return failures | receiver.writer.failures, None
+
+
+def hash_of(files: Sequence[File]) -> str:
+    return xxhash.xxh3_128_hexdigest(repr(files).encode("utf-8", "surrogateescape"))
+
+
+def _blocks(files: Sequence[File], share: Sequence[int]) -> Any:
+    """The share of a rank in blocks: lists of (file, offset, length), small files together, long ones in parts."""
+    block, room = [], BLOCK_BYTES
+    for i in share:
+        offset = 0
+        while True:
+            length = min(files[i].size - offset, room)
+            block.append((i, offset, length))
+            offset, room = offset + length, room - length
+            if not room or len(block) == BLOCK_FILES:
+                yield block
+                block, room = [], BLOCK_BYTES
+            if offset == files[i].size:
+                break
+    if block:
+        yield block
+
+
+class _Reader:
+    """Reads this rank's blocks, and says of each segment whether it went well, and at a file's end its hash."""
+
+    def __init__(self, plan: Any):
+        self.plan, self.open = plan, {}
+
+    def read(self, block: list[tuple[int, int, int]], buffer: np.ndarray) -> list[tuple[bool, str]]:
+        at, status = 0, []
+        for i, offset, length in block:
+            status.append(self._segment(i, offset, memoryview(buffer[at : at + length])))
+            at += length
+        return status
+
+    def _segment(self, i: int, offset: int, view: memoryview) -> tuple[bool, str]:
+        file = self.plan.files[i]
+        try:
+            if offset == 0:
+                path = os.path.join(self.plan.source, file.path)
+                self.open[i] = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), xxhash.xxh3_128()
+            if i not in self.open:
+                return False, "an earlier part could not be read"
+            descriptor, hasher = self.open[i]
+            done = 0
+            while done < len(view) and (length := os.preadv(descriptor, [view[done:]], offset + done)):
+                done += length
+            hasher.update(view)
+            end = offset + len(view) == file.size
+            if done < len(view) or end:
+                require_unchanged(descriptor, file, offset + done)
+            if end:
+                os.close(self.open.pop(i)[0])
+                return True, hasher.hexdigest()
+            return True, ""
+        except (OSError, Changed) as error:
+            if i in self.open:
+                os.close(self.open.pop(i)[0])
+            return False, getattr(error, "strerror", None) or str(error)
+
+    def close(self) -> None:
+        for descriptor, _ in self.open.values():
+            os.close(descriptor)
+
+
+class _Receiver:
+    """Writes the blocks that come by, those of files that this rank lacks."""
+
+    def __init__(self, plan: Any, wanted: set[str]):
+        self.plan, self.wanted, self.open = plan, wanted, {}
+        self.writer = Writer(plan.destination)
+
+    def take(self, block: list[tuple[int, int, int]], buffer: np.ndarray, status: list[tuple[bool, str]]) -> None:
+        at = 0
+        for (i, offset, length), (good, words) in zip(block, status, strict=True):
+            file = self.plan.files[i]
+            if file.path in self.wanted and file.path not in self.writer.failures:
+                self._segment(i, file, offset, memoryview(buffer[at : at + length]), good, words)
+            at += length
+
+    def _segment(self, i: int, file: File, offset: int, view: memoryview, good: bool, words: str) -> None:
+        try:
+            if not good:
+                raise Changed(words)
+            if offset == 0:
+                self.open[i] = *self.writer.create(file), xxhash.xxh3_128()
+            descriptor, temporary, hasher = self.open[i]
+            hasher.update(view)
+            write_all(descriptor, view)
+            if offset + len(view) == file.size:
+                if hasher.hexdigest() != words:
+                    raise Changed("damaged on its way between the ranks: its checksum differs")
+                del self.open[i]
+                self.writer.finish(descriptor, temporary, file, words)
+        except (OSError, Changed) as error:
+            if i in self.open:
+                self.writer.discard(*self.open.pop(i)[:2])
+            self.writer.fail(file.path, error)
+
+    def close(self) -> None:
+        for descriptor, temporary, _ in self.open.values():
+            self.writer.discard(descriptor, temporary)
+        self.writer.publish()
+        self.writer.close()

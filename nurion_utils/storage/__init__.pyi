@@ -1,0 +1,10 @@
+from . import cases as cases
+from . import draw as draw
+from . import emulate as emulate
+from . import model as model
+from .emulate import SharedStore as SharedStore
+from .model import METADATA as METADATA
+from .model import Storage as Storage
+from .model import Workload as Workload
+from .model import simulate as simulate
+from .model import summarise as summarise

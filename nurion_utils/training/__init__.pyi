@@ -1,0 +1,13 @@
+from . import callbacks as callbacks
+from . import elastic as elastic
+from . import memory as memory
+from . import models as models
+from . import optimizer as optimizer
+from . import step_timing as step_timing
+from .callbacks import BroadcastCallback as BroadcastCallback
+from .callbacks import MetricAverageCallback as MetricAverageCallback
+from .callbacks import SyncCheckCallback as SyncCheckCallback
+from .elastic import ElasticState as ElasticState
+from .elastic import elastic_launch as elastic_launch
+from .elastic import elastic_run as elastic_run
+from .optimizer import DistributedOptimizer as DistributedOptimizer

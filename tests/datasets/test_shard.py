@@ -1,0 +1,165 @@
+"""The plan of an epoch: every sample once, the same steps on all ranks, and P x B equal to one PB."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nurion_utils.datasets import Shard
+
+plans = st.fixed_dictionaries(
+    {
+        "samples": st.integers(1, 400),
+        "world_size": st.integers(1, 9),
+        "batch_size": st.integers(1, 40),
+        "seed": st.integers(0, 2**32),
+    }
+)
+epochs = st.integers(0, 50)
+
+
+def all_ranks(plan, epoch):
+    """Indices and weights of all ranks, shape (world_size, steps, batch_size)."""
+    parts = [Shard(rank=rank, **plan).epoch(epoch) for rank in range(plan["world_size"])]
+    return np.stack([indices for indices, _ in parts]), np.stack([weights for _, weights in parts])
+
+
+@given(plan=plans, epoch=epochs)
+def test_every_sample_is_trained_on_exactly_once_per_epoch(plan, epoch):
+    indices, weights = all_ranks(plan, epoch)
+    assert sorted(indices[weights > 0]) == list(range(plan["samples"]))
+
+
+@given(plan=plans, epoch=epochs)
+def test_every_rank_takes_the_same_number_of_steps_and_full_batches(plan, epoch):
+    indices, weights = all_ranks(plan, epoch)
+    steps = -(-plan["samples"] // (plan["world_size"] * plan["batch_size"]))
+    assert indices.shape == weights.shape == (plan["world_size"], steps, plan["batch_size"])
+    assert {Shard(rank=rank, **plan).steps for rank in range(plan["world_size"])} == {steps}
+    assert ((0 <= indices) & (indices < plan["samples"])).all()
+
+
+@given(plan=plans, epoch=epochs)
+def test_the_mean_over_ranks_of_the_weighted_losses_is_the_plain_mean_over_the_step(plan, epoch):
+    loss = np.random.default_rng(0).normal(size=plan["samples"])
+    indices, weights = all_ranks(plan, epoch)
+    local = (weights * loss[indices]).sum(axis=2) / plan["batch_size"]  # what Keras computes on each rank
+    for step in range(indices.shape[1]):
+        real = indices[:, step][weights[:, step] > 0]
+        assert local[:, step].mean() == pytest.approx(loss[real].mean(), rel=1e-5, abs=1e-6)
+
+
+@given(plan=plans, epoch=epochs)
+def test_p_ranks_of_batch_b_take_the_same_steps_as_one_rank_of_batch_pb(plan, epoch):
+    indices, weights = all_ranks(plan, epoch)
+    one = plan | {"world_size": 1, "batch_size": plan["world_size"] * plan["batch_size"]}
+    one_indices, one_weights = all_ranks(one, epoch)
+    for step in range(indices.shape[1]):
+        ours = indices[:, step][weights[:, step] > 0]
+        assert sorted(ours) == sorted(one_indices[0, step][one_weights[0, step] > 0])
+
+
+@given(plan=plans, epoch=epochs)
+def test_the_uneven_tail_is_dealt_out_evenly(plan, epoch):
+    _, weights = all_ranks(plan, epoch)
+    shares = (weights[:, -1] > 0).sum(axis=1)
+    assert shares.max() - shares.min() <= 1
+
+
+@given(plan=plans, epoch=epochs)
+def test_the_plan_of_an_epoch_is_reproducible(plan, epoch):
+    for first, second in zip(all_ranks(plan, epoch), all_ranks(plan, epoch), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@given(plan=plans.filter(lambda plan: plan["samples"] >= 20), epoch=epochs)
+def test_another_epoch_or_seed_has_another_order(plan, epoch):
+    indices, _ = all_ranks(plan, epoch)
+    assert (indices != all_ranks(plan, epoch + 1)[0]).any()
+    assert (indices != all_ranks(plan | {"seed": plan["seed"] + 1}, epoch)[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"samples": 0}, "samples must be a whole number of at least 1, not 0"),
+        ({"world_size": 0}, "world_size must be"),
+        ({"batch_size": 2.5}, "batch_size must be .* not 2.5"),
+        ({"rank": 2}, "rank must be below world_size, 2, not 2"),
+        ({"rank": -1}, "rank must be .* at least 0"),
+        ({"seed": None}, "seed must be"),
+    ],
+)
+def test_a_wrong_plan_is_refused_in_one_sentence(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        Shard(**({"samples": 10, "world_size": 2, "rank": 0, "batch_size": 2} | wrong))
+
+
+def test_data_of_another_length_are_refused():
+    shard = Shard(samples=10, world_size=2, rank=0, batch_size=2)
+    with pytest.raises(ValueError, match="must hold the shard's 10 samples, not 9"):
+        shard.dataset(np.zeros(10), np.zeros(9))
+    with pytest.raises(ValueError, match="two arrays, or one reader"):
+        shard.dataset(np.zeros(10))
+
+
+def batches(shard, dataset, epochs):
+    parts = [tuple(part.numpy() for part in batch) for batch in dataset.take(epochs * shard.steps)]
+    return [np.stack(column) for column in zip(*parts, strict=True)]
+
+
+@settings(max_examples=10, deadline=None)
+@given(plan=plans, start=st.integers(0, 3))
+def test_the_dataset_goes_through_the_epochs_of_the_plan_from_where_it_is_told(plan, start):
+    shard = Shard(rank=plan["world_size"] - 1, **plan)
+    numbers = np.arange(plan["samples"])
+    x, y, weight = batches(shard, shard.dataset(numbers, numbers * 10, start_epoch=start), epochs=2)
+    planned = [shard.epoch(start), shard.epoch(start + 1)]
+    np.testing.assert_array_equal(x, np.concatenate([indices for indices, _ in planned]))
+    np.testing.assert_array_equal(y, x * 10)
+    np.testing.assert_array_equal(weight, np.concatenate([weights for _, weights in planned]))
+
+
+class Squares:
+    """Stands for a reader of files: gives what it is asked for, and nothing else is in memory."""
+
+    def __len__(self):
+        return 11
+
+    def read(self, indices):
+        return indices[:, None].astype(np.float32), (indices**2).astype(np.float32)
+
+
+def test_the_dataset_reads_by_index_from_a_reader():
+    shard = Shard(samples=11, world_size=2, rank=1, batch_size=3)
+    dataset = shard.dataset(Squares())
+    assert [tuple(spec.shape) for spec in dataset.element_spec] == [(3, 1), (3,), (3,)]
+    x, y, _ = batches(shard, dataset, epochs=1)
+    np.testing.assert_array_equal(x[..., 0], shard.epoch(0)[0])
+    np.testing.assert_array_equal(y, x[..., 0] ** 2)
+
+
+def test_keras_fit_sees_every_sample_once_per_epoch_and_the_tail_trains_like_the_plain_mean():
+    import keras
+
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(11, 3)).astype("float32"), rng.normal(size=(11, 1)).astype("float32")
+
+    def fitted(data, **arguments):
+        keras.utils.set_random_seed(2)
+        model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(0.1), "mse", weighted_metrics=["mae"])
+        model.fit(data, verbose=0, shuffle=False, **arguments)
+        return np.concatenate([weights.ravel() for weights in model.get_weights()])
+
+    shard = Shard(samples=11, world_size=1, rank=0, batch_size=4)
+    plan = [shard.epoch(epoch) for epoch in range(2)]
+    order = np.concatenate([indices[weights > 0] for indices, weights in plan])
+    seen = fitted(shard.dataset(x, y), steps_per_epoch=shard.steps, epochs=2)
+
+    import tensorflow as tf
+
+    # The reference has short last batches of 3 and no weights at all.
+    plain = tf.data.Dataset.from_tensor_slices((x[order], y[order]))
+    reference = plain.take(11).batch(4).concatenate(plain.skip(11).batch(4))
+    np.testing.assert_allclose(seen, fitted(reference, epochs=1), rtol=0, atol=1e-6)
