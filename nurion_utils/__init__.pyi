@@ -5,7 +5,10 @@ from . import health as health
 from . import jobs as jobs
 from . import large_batch as large_batch
 from . import ranks as ranks
+from . import recordings as recordings
 from . import sites as sites
 from . import staging as staging
 from . import storage as storage
+from . import style as style
+from . import timing as timing
 from . import training as training

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,19 +12,49 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def whole_number(value: Any, name: str, least: int = 1) -> int:
-    """`value` as an int; ValueError unless it is a whole number from `least` up."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be a whole number from {least} up, not {value!r}")
+def whole_number(
+    value: Any, name: str, least: int = 1, most: int | None = None, error: type[Exception] = ValueError
+) -> int:
+    """`value` as an int; `error` unless it is a whole number from `least` up, and to `most` if that is given."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        limits = f"from {least:,} up" if most is None else f"from {least:,} to {most:,}"
+        raise error(f"{name} must be a whole number {limits}, not {value!r}")
     return int(value)
 
 
-def positive(value: Any, name: str) -> float:
-    """`value` as a float; ValueError unless it is a finite number above 0."""
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not (number and 0 < value < math.inf):
-        raise ValueError(f"{name} must be a number above 0, not {value!r}")
+def number(
+    value: Any,
+    name: str,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    error: type[Exception] = ValueError,
+) -> float:
+    """`value` as a float; `error` unless it is finite, more than `above`, at least `least` and at most `most`."""
+    limits = {"above": above, "from": least, "up to": most}
+    valid = isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+    valid = valid and (above is None or value > above) and (least is None or value >= least)
+    if not valid or (most is not None and value > most):
+        words = " ".join(f"{word} {limit:,}" for word, limit in limits.items() if limit is not None)
+        raise error(f"{name} must be a {'' if words else 'finite '}number {words}".rstrip() + f", not {value!r}")
     return float(value)
+
+
+def positive(value: Any, name: str, error: type[Exception] = ValueError) -> float:
+    """`value` as a float; `error` unless it is a finite number above 0."""
+    return number(value, name, above=0, error=error)
+
+
+def one_of(value: Any, name: str, allowed: Collection[Any], error: type[Exception] = ValueError) -> Any:
+    """`value`; `error` unless it is one of `allowed`."""
+    try:
+        if value in allowed:
+            return value
+    except TypeError:  # it cannot be compared, so it is not one of them
+        pass
+    raise error(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
 
 def require_columns(table: pd.DataFrame, names: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from nurion_utils import _data, ranks
+from nurion_utils import ranks, recordings
 from nurion_utils._checks import positive, require_columns, whole_number
 from nurion_utils.backends.horovod import Backend, BackendError, init, named, shutdown
 from nurion_utils.ranks import RankError, World
@@ -154,7 +154,7 @@ def ratios(table: pd.DataFrame, of: str = "MPI") -> pd.DataFrame:
 
 def recorded() -> pd.DataFrame:
     """What `compare_backends` measured elsewhere: its columns, ``memory`` ("freed" or "kept") and ``source``."""
-    return _data.read("backends")
+    return recordings.load("backends")
 
 
 class Groups:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nurion_utils import _data
+from nurion_utils import recordings
 from nurion_utils._checks import require_columns, whole_number
 from nurion_utils.backends.comparing import Groups
 from nurion_utils.backends.horovod import Backend, init, named, shutdown
@@ -127,12 +127,12 @@ def speedups(table: pd.DataFrame, of: str = "MPI") -> pd.DataFrame:
 
 def recorded() -> pd.DataFrame:
     """What `measure` gave elsewhere: its columns, ``rate_mbit`` (empty without a lab) and ``source``."""
-    return _data.read("resnet_epochs")
+    return recordings.load("resnet_epochs")
 
 
 def published() -> pd.DataFrame:
     """Published speedups of one communication library over another, with sources; ``data/published_backends.csv``."""
-    return _data.read("published_backends")
+    return recordings.load("published_backends")
 
 
 def _epoch(backend: Backend, image: int, batch: int, steps: int) -> tuple[float, float]:

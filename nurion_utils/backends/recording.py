@@ -1,17 +1,4 @@
-"""Record what notebook 03 shows of other numbers of ranks, other memory and other networks.
-
-    python -m nurion_utils.backends.recording backends > data/backends.csv
-    python -m nurion_utils.backends.recording epochs > data/resnet_epochs.csv
-
-They take eleven and four minutes, on a machine with nothing else to do.
-"""
-
-import argparse
-import datetime
-import importlib.metadata
-import os
-import platform
-import sys
+"""What ``data/backends.csv`` and ``data/resnet_epochs.csv`` hold: other numbers of ranks, memory and networks."""
 
 import pandas as pd
 
@@ -30,7 +17,7 @@ def backends() -> pd.DataFrame:
         for memory, env in (("freed", {}), ("kept", KEEP_MEMORY)):
             table = comparing.compare_backends(SIZES, ranks, contenders, repeats=7, cycles_ms=(1.0, 0.1), env=env)
             tables.append(table.assign(memory=memory))
-    return pd.concat(tables)
+    return _complete(tables)
 
 
 def resnet_epochs() -> pd.DataFrame:
@@ -40,22 +27,12 @@ def resnet_epochs() -> pd.DataFrame:
     for rate_mbit in (1000.0, 200.0):
         across = epochs.measure(names, image=64, steps=1, repeats=3, rate_mbit=rate_mbit)
         tables.append(across.assign(rate_mbit=rate_mbit))
-    return pd.concat(tables)
+    return _complete(tables)
 
 
-def main() -> None:
-    """Write the table to the standard output."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["backends", "epochs"])
-    what = parser.parse_args().what
-    cores, linux = len(os.sched_getaffinity(0)), ".".join(platform.release().split(".")[:2])
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("horovod", "mpich", "oneccl-devel"))
-    table = {"backends": backends, "epochs": resnet_epochs}[what]()
+def _complete(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    table = pd.concat(tables)
     if table["absent"].any():
-        sys.exit(f"a recording must be complete, and it lacks: {table.loc[table['absent'] != '', 'absent'].iloc[0]}")
-    source = f"recorded with {versions} and Linux {linux} on {cores} cores, {datetime.date.today()}"
-    table.assign(source=source).to_csv(sys.stdout, index=False, float_format="%.6g")
-
-
-if __name__ == "__main__":
-    main()
+        why = table.loc[table["absent"] != "", "absent"].iloc[0]
+        raise RuntimeError(f"a recording must be complete, and it lacks: {why}")
+    return table

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nurion_utils import _data
+from nurion_utils import recordings
 from nurion_utils._checks import require_columns
 from nurion_utils.large_batch.recipes import Recipe
 from nurion_utils.large_batch.tasks import DigitsTask
@@ -80,12 +80,12 @@ def best_rates(table: pd.DataFrame) -> dict[tuple[str, int], float]:
 
 def recorded() -> pd.DataFrame:
     """The experiment as it was recorded: one row per training, of part "tuning", "report" or "constant"."""
-    return _data.read("large_batch_digits")
+    return recordings.load("large_batch_digits")
 
 
 def published() -> pd.DataFrame:
     """Figures of others: study, batch, setting, value, quantity, unit, status, source."""
-    return _data.read("published_large_batch")
+    return recordings.load("published_large_batch")
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -118,6 +118,16 @@ def run(world: World | None, batches: Iterable[int] = BATCHES, path: str | None 
     steady = {("constant", i, b): recipe for b in (32, *batches) for i, recipe in enumerate(constant(b))}
     constants = _tidy(sweep(steady, TUNING_SEEDS, world, task, path), "constant", lambda key: key[0])
     return pd.concat([tuning, report, constants], ignore_index=True)
+
+
+def record() -> pd.DataFrame:
+    """What ``data/large_batch_digits.csv`` holds, but for its source: `run` on 2 ranks."""
+    from nurion_utils import ranks
+
+    with ranks.start(2) as world:
+        table = run(world)
+    courses = [" ".join(f"{error:.2f}" for error in errors) for errors in table["validation_errors"]]
+    return table[COLUMNS].assign(validation_errors=courses)
 
 
 def steps_to(table: pd.DataFrame, error: float, samples: int = SAMPLES) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nurion_utils import _data, sites
+from nurion_utils import recordings, sites
 from nurion_utils._checks import positive, whole_number
 from nurion_utils.storage.model import Storage, Workload, simulate, summarise
 
@@ -48,7 +48,7 @@ def published() -> pd.DataFrame:
     FileNotFoundError
         The package was installed without its repository.
     """
-    return _data.read("published_io")
+    return recordings.load("published_io")
 
 
 # -- how many nodes ---------------------------------------------------------------------------------------------------

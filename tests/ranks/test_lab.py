@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nurion_utils import _data, allreduce
+from nurion_utils import allreduce
 from nurion_utils.allreduce import Schedule
 from nurion_utils.ranks.launchers import lab, lab_host
 from nurion_utils.ranks.launchers.lab import LabError
@@ -403,9 +403,3 @@ def test_bandwidth_bound_algorithms_win_large_arrays_and_few_steps_win_small_one
     assert eight.loc[16 * 10**6].drop("native").idxmin() in ("ring", "rabenseifner")
     assert eight.loc[2**10, "ring"] > eight.loc[2**10, "recursive_doubling"]
     assert np.argmax(eight.ring < eight.recursive_doubling) > 0
-
-
-def test_a_missing_record_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(_data, "__file__", str(tmp_path / "site" / "nurion_utils" / "_data.py"))
-    with pytest.raises(FileNotFoundError, match="network_lab.csv; work in a clone of the repository"):
-        lab.recorded()

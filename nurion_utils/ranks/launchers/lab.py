@@ -16,7 +16,6 @@ import contextlib
 import multiprocessing.connection
 import os
 import signal
-import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from nurion_utils import _data
+from nurion_utils import recordings
 from nurion_utils.allreduce import algorithms, measuring
 from nurion_utils.allreduce.schedule import Link, Schedule
 from nurion_utils.ranks import failures
@@ -273,15 +272,11 @@ def recorded() -> pd.DataFrame:
     FileNotFoundError
         The package was installed without its repository.
     """
-    return _data.read("network_lab")
+    return recordings.load("network_lab")
 
 
 def record() -> pd.DataFrame:
-    """Measure what `recorded` returns; takes about six minutes."""
-    import datetime
-    import importlib.metadata
-    import platform
-
+    """What ``data/network_lab.csv`` holds, but for its source."""
     import pandas as pd
 
     makers = [
@@ -294,16 +289,9 @@ def record() -> pd.DataFrame:
         with start(ranks, rate_mbit=100) as network:
             contenders = {make.__name__: make(ranks) for make in makers} | {"native": None}
             tables.append(network.measure(contenders, sizes, repeats=3))
-    cores, linux = len(os.sched_getaffinity(0)), ".".join(platform.release().split(".")[:2])
-    mpi = f"MPICH {importlib.metadata.version('mpich')}"
-    source = f"recorded with {mpi} and Linux {linux} on {cores} cores, {datetime.date.today()}"
-    return pd.concat(tables, ignore_index=True).assign(source=source)
+    return pd.concat(tables, ignore_index=True)
 
 
 def _close(resources: contextlib.ExitStack, owner: int) -> None:
     if os.getpid() == owner:  # a forked child of the notebook must not end its parent's lab
         resources.close()
-
-
-if __name__ == "__main__":
-    record().to_csv(sys.stdout, index=False)
