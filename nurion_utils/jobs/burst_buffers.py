@@ -52,7 +52,7 @@ def guard(path: str | os.PathLike[str], site: sites.Site | str | None = None) ->
         The path lies below the burst buffer of a site whose back end is an IME.
     """
     if site is None:
-        mounts = _mounts(sites._DIRECTORY)
+        mounts = _mounts(sites.DIRECTORY)
     else:
         mounts = _mount(sites.load(site) if isinstance(site, str) else site)
     spellings = list(_spellings(os.fsdecode(path)))

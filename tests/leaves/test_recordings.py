@@ -23,7 +23,7 @@ def test_every_table_names_its_sources_and_is_explained(name):
 
 @pytest.mark.parametrize("name", recordings.RECORDERS)
 def test_every_recorder_exists_and_its_table_too(name):
-    module, function = recordings.RECORDERS[name].split(":")
+    module, function = recordings.RECORDERS[name].function.split(":")
     assert callable(getattr(importlib.import_module(module), function)) and name in names()
 
 

@@ -1,4 +1,4 @@
-"""What a machine is: descriptions that are complete, sourced, and refused with the line that is wrong."""
+"""What a machine is: descriptions that are complete, sourced, and refused with the entry that is wrong."""
 
 import os
 import re
@@ -12,18 +12,17 @@ from hypothesis import strategies as st
 from nurion_utils import sites
 from nurion_utils.sites.__main__ import main
 
-NURION = (sites._DIRECTORY / "nurion.toml").read_text()
+NURION = (sites.DIRECTORY / "nurion.toml").read_text()
 
 
 def refusal(directory, text):
-    """The error that reading ``text`` as a site's file gives, and the line it names."""
+    """The error that reading ``text`` as a site's file gives, without the file that it names."""
     path = directory / "mine.toml"
     path.write_text(text)
     with pytest.raises(sites.SiteError) as caught:
         sites.read(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}, line ")
-    return message, int(re.match(r", line (\d+)", message[len(str(path)) :])[1])
+    assert str(caught.value).startswith(f"{path}: ")
+    return str(caught.value).removeprefix(f"{path}: ")
 
 
 def test_rpeak_follows_from_the_figures_within_half_a_per_cent():
@@ -95,18 +94,23 @@ def test_figures_cannot_be_changed():
         sites.load("nurion").node.cores = 1
 
 
-ENTRIES = [
-    (number, line) for number, line in enumerate(NURION.splitlines(), start=1) if re.match(r"\w+ += \{ value", line)
-]
+def entries():
+    """Number, section and text of each line with a figure."""
+    section = ""
+    for number, line in enumerate(NURION.splitlines()):
+        if header := re.match(r"\[(.+)\]", line):
+            section = header[1]
+        elif re.match(r"\w+ += \{ value", line):
+            yield number, section, line
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
-    entry=st.sampled_from(ENTRIES),
+    entry=st.sampled_from(list(entries())),
     mutation=st.sampled_from(["no source", "unknown status", "wrong type", "bare value", "misspelt key"]),
 )
-def test_a_wrong_entry_is_refused_naming_its_line_and_key(tmp_path, entry, mutation):
-    number, line = entry
+def test_a_wrong_entry_is_refused_naming_its_section_and_key(tmp_path, entry, mutation):
+    number, section, line = entry
     key = line.split()[0]
     changed = {
         "no source": re.sub(r", source = .*", " }", line),
@@ -116,9 +120,9 @@ def test_a_wrong_entry_is_refused_naming_its_line_and_key(tmp_path, entry, mutat
         "misspelt key": f"x{line}",
     }[mutation]
     lines = NURION.splitlines()
-    lines[number - 1] = changed
-    message, found = refusal(tmp_path, "\n".join(lines))
-    assert found == number and key in message
+    lines[number] = changed
+    prefix = "x" if mutation == "misspelt key" else ""
+    assert refusal(tmp_path, "\n".join(lines)).startswith(f"{section}.{prefix}{key}")
 
 
 @pytest.mark.parametrize(
@@ -129,13 +133,13 @@ def test_a_wrong_entry_is_refused_naming_its_line_and_key(tmp_path, entry, mutat
         ("[fabric]", "[fabrik]", "the known ones are: .*fabric"),
         ("edge_up ", "edge_upp ", "edge_upp: no such entry is known here; .*edge_up,"),
         ("\nedge_up ", "\n# edge_up ", "edge_up: this entry is missing"),
-        ("[partitions.knl]", "[partition.knl]", "line 12: partition: no such entry"),
+        ("[partitions.knl]", "[partition.knl]", "^partition: no such entry"),
         ("clock_ghz             = {", "clock_ghz             = ", "this is not TOML"),
     ],
 )
 def test_a_refusal_says_what_would_be_right(tmp_path, old, new, says):
     assert old in NURION
-    message, line = refusal(tmp_path, NURION.replace(old, new, 1))
+    message = refusal(tmp_path, NURION.replace(old, new, 1))
     assert re.search(says, message)
     assert "\n" not in message
 

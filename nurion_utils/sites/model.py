@@ -1,0 +1,244 @@
+"""What a machine is, as data: its parts, and where each of their figures comes from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# A figure's unit is the ending of its name, so that it is written once.
+_UNITS = {
+    "_gb_per_s": "GB/s", "_per_s": "1/s", "_per_cycle": "1/cycle", "_pflops": "Pflop/s", "_ghz": "GHz",
+    "_gb": "GB", "_tb": "TB", "_pb": "PB", "_mib": "MiB", "_us": "us", "_ns": "ns", "_s": "s",
+    "_percent": "%", "_hours": "h",
+}  # fmt: skip
+
+
+class SiteError(ValueError):
+    """A site that does not exist, or whose description is wrong; the message says what would be right."""
+
+
+def _cores() -> int:
+    """Cores this process may use: its CPU affinity, or less where a container sets a quota."""
+    cores = len(os.sched_getaffinity(0))
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    quota, period = limit.read_text().split() if limit.exists() else ("max", "1")
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def _memory_bytes(kind: Literal["total", "available"]) -> int:
+    limit = Path("/sys/fs/cgroup/memory.max")
+    quota = limit.read_text().strip() if limit.exists() else "max"
+    memory = getattr(psutil.virtual_memory(), kind)
+    return memory if quota == "max" else min(memory, int(quota))
+
+
+_MEASURED = {
+    "cores": _cores,
+    "memory_gb": lambda: round(_memory_bytes("total") / 1e9, 1),
+    "memory_usable_gb": lambda: round(_memory_bytes("available") / 1e9, 1),
+}
+
+
+class Figure(BaseModel):
+    """One figure and where it comes from.
+
+    ``status`` is ``read`` (in the source named), ``remembered`` (to be checked before anything depends on
+    it), ``derived`` (follows from other figures), ``measured`` (here, when the site is loaded) or
+    ``chosen`` (a limit that is set, not found).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    value: int | float | str | list[str]
+    status: Literal["read", "remembered", "derived", "measured", "chosen"]
+    source: str = Field(min_length=1)
+
+
+class Part(BaseModel):
+    """A part of a machine: plain numbers as attributes, their provenance in ``figures``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    figures: dict[str, Figure]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _values_beside_their_provenance(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or "figures" in raw:
+            return raw
+        figures, values = {}, {}
+        for key, figure in raw.items():
+            if isinstance(figure, dict) and figure.get("status") == "measured" and key in _MEASURED:
+                figure = {"value": _MEASURED[key]()} | figure
+            figures[key] = figure
+            values[key] = figure.get("value") if isinstance(figure, dict) else figure
+        return {"figures": figures, **values}
+
+
+class Node(Part):
+    """A partition of equal nodes."""
+
+    count: int = Field(gt=0)
+    cores: int = Field(gt=0)
+    memory_gb: float = Field(gt=0)
+    memory_usable_gb: float | None = Field(None, gt=0)
+    processor: str | None = None
+    clock_ghz: float | None = Field(None, gt=0)
+    flop_per_cycle: int | None = Field(None, gt=0)
+    memory_usable_flat_gb: float | None = Field(None, gt=0)
+    fast_memory_gb: float | None = Field(None, gt=0)
+    fast_memory_gb_per_s: float | None = Field(None, gt=0)
+
+    @property
+    def peak_gflops(self) -> float:
+        """Peak speed of one node in Gflop/s: cores x clock x flop per cycle."""
+        if self.clock_ghz is None or self.flop_per_cycle is None:
+            raise SiteError("this node's peak is unknown: describe its clock_ghz and flop_per_cycle")
+        return self.cores * self.clock_ghz * self.flop_per_cycle
+
+
+class Performance(Part):
+    rpeak_quoted_pflops: float = Field(gt=0)
+    rmax_pflops: float = Field(gt=0)
+
+
+class Fabric(Part):
+    """The network between nodes; a two-level fat tree unless ``topology`` says otherwise."""
+
+    name: str
+    topology: str
+    edge_switches: int = Field(gt=0)
+    edge_ports: int = Field(gt=0)
+    edge_down: int = Field(gt=0)
+    edge_up: int = Field(gt=0)
+    directors: int = Field(gt=0)
+    director_ports: int = Field(gt=0)
+    blocking_percent: float = Field(ge=0, lt=100)
+    link_gb_per_s: float = Field(gt=0)
+    latency_us: float = Field(gt=0)
+    switch_latency_ns: float = Field(gt=0)
+
+
+class FileSystem(Part):
+    """A shared file system: files are cut into stripes, which lie on storage targets (Lustre's OSTs)."""
+
+    path: str
+    kind: str
+    bandwidth_gb_per_s: float = Field(gt=0)
+    capacity_pb: float | None = Field(None, gt=0)
+    targets: int | None = Field(None, gt=0)
+    metadata_per_s: float | None = Field(None, gt=0)
+    stripe_count: int | None = Field(None, gt=0)
+    stripe_mib: float | None = Field(None, gt=0)
+    timeout_s: float | None = Field(None, gt=0)
+
+
+class BurstBuffer(Part):
+    """Flash between the nodes and the shared file system; ``back_end`` says how data gets there and back.
+
+    ``ime`` by commands that a job runs; ``datawarp`` and ``rabbit`` by directives that the scheduler reads before
+    the job starts; ``posix`` by copying to ``path``.
+    """
+
+    back_end: Literal["ime", "datawarp", "rabbit", "posix"]
+    kind: str
+    path: str
+    capacity_tb: float | None = Field(None, gt=0)
+    capacity_quoted_pb: float | None = Field(None, gt=0)
+    bandwidth_gb_per_s: float | None = Field(None, gt=0)
+    servers: int | None = Field(None, gt=0)
+    server_gb_per_s: float | None = Field(None, gt=0)
+    metadata_per_s: float | None = Field(None, gt=0)
+    stripe_count: int | None = Field(None, gt=0)
+    stripe_mib: float | None = Field(None, gt=0)
+    timeout_s: float | None = Field(None, gt=0)
+    # What only an IME has.
+    erasure_coding: str | None = None
+    mpi_io_prefix: str | None = None
+    flush_at_dirty_percent: float | None = Field(None, gt=0, lt=100)
+    flush_at_free_percent: float | None = Field(None, gt=0, lt=100)
+    stage_in_command: str | None = None
+    sync_out_command: str | None = None
+    purge_command: str | None = None
+    status_command: str | None = None
+    warning: str | None = None
+
+
+class Scheduler(Part):
+    """What starts jobs; ``options`` are further lines that every job script of the site needs."""
+
+    kind: Literal["PBS Pro", "Slurm", "Flux"]
+    queues: list[str] = Field(min_length=1)
+    job_queue: str
+    launcher: str
+    options: list[str] = []
+    long_queue_hours: float | None = Field(None, gt=0)
+    applications: list[str] = []
+    application_option: str | None = None
+    burst_buffer_option: str | None = None
+    submit_from: str | None = None
+    modules: list[str] = []
+    job_modules: list[str] = []
+
+
+class Ranks(Part):
+    """How many ranks the site lets anyone start at once."""
+
+    max_ranks: int = Field(gt=0)
+
+
+class Site(BaseModel):
+    """A machine; see the module's docstring. ``partitions`` lists the one most jobs use first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    name: str
+    title: str
+    sources: dict[str, str] = {}
+    partitions: dict[str, Node] = Field(min_length=1)
+    ranks: Ranks
+    performance: Performance | None = None
+    fabric: Fabric | None = None
+    file_systems: dict[str, FileSystem] = {}
+    burst_buffer: BurstBuffer | None = None
+    scheduler: Scheduler | None = None
+
+    @property
+    def node(self) -> Node:
+        """The node that most jobs use: the first partition."""
+        return next(iter(self.partitions.values()))
+
+    @property
+    def rpeak_pflops(self) -> float:
+        """Peak speed of the whole machine in Pflop/s, from its partitions' figures."""
+        return sum(node.count * node.peak_gflops for node in self.partitions.values()) / 1e6
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """Every part of the machine with its dotted name, in the order of the description."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for key, part in value.items() if isinstance(value, dict) else [("", value)]:
+                if isinstance(part, Part):
+                    yield f"{name}.{key}".rstrip("."), part
+
+    def table(self) -> pd.DataFrame:
+        """All figures: columns figure, value, unit, status, source."""
+        import pandas as pd
+
+        rows = [
+            {
+                "figure": f"{name}.{key}",
+                "value": ", ".join(figure.value) if isinstance(figure.value, list) else figure.value,
+                "unit": next((unit for suffix, unit in _UNITS.items() if key.endswith(suffix)), ""),
+                "status": figure.status,
+                "source": figure.source,
+            }
+            for name, part in self.parts()
+            for key, figure in part.figures.items()
+        ]
+        return pd.DataFrame(rows, dtype=object)  # integers stay integers beside other values

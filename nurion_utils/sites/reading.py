@@ -1,0 +1,64 @@
+"""Descriptions of machines, found by name and checked."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from nurion_utils.sites.model import Part, Site, SiteError
+
+DIRECTORY = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """The sites that have a description."""
+    return sorted(path.stem for path in DIRECTORY.glob("*.toml"))
+
+
+def load(name: str) -> Site:
+    """Load the description of a site.
+
+    Raises
+    ------
+    SiteError
+        If there is no such site, or its file is wrong; then the message names the file and the entry.
+    """
+    if name not in names():
+        raise SiteError(f"there is no site {name!r}; the sites that exist are: {', '.join(names())}")
+    return read(DIRECTORY / f"{name}.toml")
+
+
+def read(path: Path) -> Site:
+    """Read and check one description; `load` finds it by the site's name."""
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        return Site.model_validate(tomllib.loads(text) | {"name": Path(path).stem})
+    except tomllib.TOMLDecodeError as error:
+        raise SiteError(
+            f"{path}: this is not TOML ({error}); "
+            'a figure is written as `cores = { value = 68, status = "read", source = "guide" }`'
+        ) from None
+    except ValidationError as error:
+        # A misspelt entry is also a missing one: name the misspelling.
+        first = sorted(error.errors(), key=lambda found: found["type"] != "extra_forbidden")[0]
+        # `figures` and the alternatives of a type are ours: the file has no such levels.
+        ours = ("figures", "int", "float", "str", "list[str]")
+        keys = [str(key) for key in first["loc"] if key not in ours]
+        raise SiteError(f"{path}: {'.'.join(keys)}: {_remedy(first)}") from None
+
+
+def _remedy(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        section = str(error["loc"][0])
+        kind = str(Site.model_fields[section].annotation) if section in Site.model_fields else ""
+        part = next((part for part in Part.__subclasses__() if part.__name__ in kind), Site)
+        known = ", ".join(key for key in part.model_fields if key != "figures")
+        return f"no such entry is known here; the known ones are: {known}"
+    if error["type"] == "missing":
+        return "this entry is missing; add it"
+    if error["type"] in ("model_type", "dict_type"):
+        return 'a figure is written as `{ value = ..., status = "...", source = "..." }`'
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
