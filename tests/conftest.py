@@ -1,13 +1,17 @@
-"""Started ranks are dear, so the tests of a module share them; a test that breaks a world starts its own.
+"""Started ranks are dear, so all tests of a session share them, and TensorFlow is imported once on each.
 
-They are not kept for longer: ranks in which Horovod has started poll each other for work, and would take half of
-two cores from the tests that follow.
+After a module its ranks are tidied: ranks in which Horovod has started poll each other for work, and would take half
+of two cores from the tests that follow. A test that breaks a world starts its own, or leaves it broken: the next
+module is given fresh ranks.
 """
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import cloudpickle
+import helpers
 import pytest
 
 from nurion_utils import ranks
@@ -15,26 +19,88 @@ from nurion_utils.ranks.launchers import lab
 
 # A test run in the background may have been told to ignore interrupts, and what it starts would ignore them too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+cloudpickle.register_pickle_by_value(helpers)
+
+NEEDS = {"permitted": "lab", "notebook": "ranks", "executed": "notebook"}  # what a fixture's name says of its tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Functions of a test module travel to the ranks by value: the ranks cannot import the module."""
     for module in {item.module for item in items if isinstance(item, pytest.Function)}:
         cloudpickle.register_pickle_by_value(module)
+    for item in items:
+        for name in getattr(item, "fixturenames", []):
+            if marker := "ranks" if name.startswith("world") else NEEDS.get(name):
+                item.add_marker(marker)
+
+
+_used: set[str] = set()  # what the test that runs now has used
+
+
+def _note(event: str, arguments: tuple) -> None:
+    if event == "import" and arguments[0] == "tensorflow":
+        _used.add("tensorflow")
+    elif event == "subprocess.Popen" and {"guardian.py", "mpiexec"} & {
+        os.path.basename(os.fsdecode(word)) for word in arguments[1] if isinstance(word, str | os.PathLike)
+    }:
+        _used.add("ranks")
+
+
+sys.addaudithook(_note)
+
+
+@pytest.fixture(autouse=True)
+def marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that uses ranks or TensorFlow says so by its marker, or `make check` would not stay quick."""
+    _used.clear()
+    yield
+    allowed = {mark.name for mark in request.node.iter_markers()}
+    if "ranks" in _used and not allowed & {"ranks", "lab", "notebook", "slow"}:
+        pytest.fail("this test starts ranks: mark it with pytest.mark.ranks")
+    if "tensorflow" in _used and not allowed & {"tensorflow", "ranks", "lab", "notebook", "slow"}:
+        pytest.fail("this test imports TensorFlow: mark it with pytest.mark.tensorflow")
+
+
+@pytest.fixture(scope="session")
+def started() -> Iterator[dict[int, ranks.World]]:
+    """Worlds by their number of ranks, started when they are first asked for."""
+    worlds: dict[int, ranks.World] = {}
+    yield worlds
+    for world in worlds.values():
+        world.stop()
+
+
+def lend(started: dict[int, ranks.World], n: int) -> Iterator[ranks.World]:
+    if n not in started:
+        started[n] = ranks.start(n)
+    elif "running" not in repr(started[n]):
+        started[n].restart()
+    yield started[n]
+    if "running" in repr(started[n]):
+        started[n].run(tidy)
+
+
+def tidy() -> None:
+    import gc
+    import sys
+
+    if (hvd := sys.modules.get("horovod.tensorflow")) and hvd.is_initialized():
+        hvd.shutdown()
+    if keras := sys.modules.get("keras"):
+        keras.backend.clear_session()
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
-def world2() -> Iterator[ranks.World]:
+def world2(started: dict[int, ranks.World]) -> Iterator[ranks.World]:
     """Two ranks, one core each on the smallest machine."""
-    with ranks.start(2) as world:
-        yield world
+    yield from lend(started, 2)
 
 
 @pytest.fixture(scope="module")
-def world4() -> Iterator[ranks.World]:
+def world4(started: dict[int, ranks.World]) -> Iterator[ranks.World]:
     """Four ranks; on two cores they share."""
-    with ranks.start(4) as world:
-        yield world
+    yield from lend(started, 4)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,6 @@
 from .model import BurstBuffer as BurstBuffer
 from .model import Fabric as Fabric
-from .model import Figure as Figure
 from .model import FileSystem as FileSystem
-from .model import Node as Node
-from .model import Part as Part
-from .model import Performance as Performance
-from .model import Ranks as Ranks
-from .model import Scheduler as Scheduler
 from .model import Site as Site
 from .model import SiteError as SiteError
 from .reading import DIRECTORY as DIRECTORY

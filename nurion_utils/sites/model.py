@@ -104,6 +104,8 @@ class Node(Part):
 
 
 class Performance(Part):
+    """Speed of the whole machine: the peak as quoted, and what HPL reached."""
+
     rpeak_quoted_pflops: float = Field(gt=0)
     rmax_pflops: float = Field(gt=0)
 
