@@ -8,11 +8,12 @@ unexport PYTHONPATH PYTHONHOME
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lab site notebooks figures bench lock clean
+.PHONY: help setup run lint check test lab site notebooks figures bench lock clean
 
 help:
 	@echo "make run    execute every notebook into build/executed and render build/site"
-	@echo "make test   run the tests"
+	@echo "make check  in a minute: style, the plan of the house, and all tests that need no ranks"
+	@echo "make test   run all tests; make test ONLY='-m ranks' or ONLY=tests/staging runs some"
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make site   render the executed notebooks as build/site/index.html"
 	@echo "make bench  measure this project against its peers"
@@ -27,9 +28,15 @@ setup:
 run: setup
 	@.venv/bin/python tools/notebooks.py run
 
-test: setup
-	@.venv/bin/ruff check
-	@.venv/bin/python -m pytest
+lint: setup
+	@.venv/bin/ruff check --quiet
+	@.venv/bin/ruff format --check --quiet
+
+check: lint
+	@.venv/bin/python -m pytest --quiet -m "not (ranks or lab or tensorflow or notebook or install or slow)"
+
+test: lint
+	@.venv/bin/python -m pytest --durations=25 $(ONLY)
 
 lab: setup
 	@.venv/bin/jupyter lab notebooks

@@ -21,7 +21,7 @@ from nurion_utils.ranks.launchers import lab
 signal.signal(signal.SIGINT, signal.default_int_handler)
 cloudpickle.register_pickle_by_value(helpers)
 
-NEEDS = {"permitted": "lab", "notebook": "ranks", "executed": "notebook"}  # what a fixture's name says of its tests
+NEEDS = {"permitted": "lab", "notebook": "ranks", "resumed": "install"}  # what a fixture's name says of its tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -47,8 +47,23 @@ def _environment(build_dir: Path, scratch: Path) -> dict[str, str]:
     }
 
 
+def _plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
 def _last_line(text: str) -> str:
-    return (re.sub(r"\x1b\[[0-9;]*m", "", text).strip().splitlines() or [""])[-1].strip()
+    return (_plain(text).strip().splitlines() or [""])[-1].strip()
+
+
+def _errors(cell: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [output for output in cell.get("outputs", []) if output.output_type == "error"]
+
+
+def _failing_line(cell: nbformat.NotebookNode) -> str:
+    """The line of the cell that its traceback names, or its first one where that names none, as for ``%%px``."""
+    shown = _plain("\n".join(_errors(cell)[-1].traceback))
+    numbers = re.findall(rf"In\[{cell.execution_count}\], line (\d+)", shown)
+    return cell.source.splitlines()[int(numbers[-1]) - 1 if numbers else 0].strip()
 
 
 def _execute(twin: Path, target: Path, scratch: Path, parameters: dict, timeout_s: float, report: list) -> None:
@@ -93,13 +108,11 @@ def _execute(twin: Path, target: Path, scratch: Path, parameters: dict, timeout_
         )
         problem = ""
     except papermill.PapermillExecutionError as failure:
+        wrong = [cell for cell in nbformat.read(partial, 4).cells if _errors(cell)][-1]
         # papermill also counts an error that was asked for; if the last one was, every cell did run.
-        cells = [cell for cell in nbformat.read(partial, 4).cells if cell.cell_type == "code"]
-        wrong = [cell for cell in cells if any(output.output_type == "error" for output in cell.outputs)][-1]
-        if "raises-exception" in tags(wrong):
-            problem = ""
-        else:
-            problem, error = "failed", f"{failure.ename}: {_last_line(failure.evalue)}"
+        problem = "" if "raises-exception" in tags(wrong) else "failed"
+        if problem:
+            error, source = f"{failure.ename}: {_last_line(failure.evalue)}", _failing_line(wrong)
     except CellTimeoutError:
         problem = f"over the time limit of {timeout_s:g} s"
     except Exception as failure:  # no kernel came up, or it died

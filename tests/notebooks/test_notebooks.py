@@ -1,5 +1,6 @@
 """The notebooks themselves: they run from the first cell to the last, quietly, and their exercises teach."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -7,35 +8,37 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from notebook_sources import tags
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-# The tool with another root, so that build/ keeps what make run put there; one process for all notebooks.
+# The tool with another root, so that build/ keeps what make run put there.
 RUN = "import pathlib, sys, notebooks; sys.exit(notebooks.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
+WISHES = {"failure_labs": "True", "turns": "2"}  # cells that are off by default are switched on, with few repetitions
 NOISE = re.compile(r"absl::InitializeLog|oneDNN|Warning|DEPRECATED|\d+%\|")
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of notebooks executed with the cells switched on that are off by default, and few repetitions."""
-    root = tmp_path_factory.mktemp("root")
+def execute(name: str, root: Path) -> Path:
     (root / "notebooks").symlink_to(ROOT / "notebooks")
-    command = [sys.executable, "-c", RUN, str(root), "run", "-p", "failure_labs", "True", "-p", "turns", "2"]
+    parameters = next(cell for cell in code_cells(ROOT / "notebooks" / f"{name}.ipynb") if "parameters" in tags(cell))
+    wishes = [("-p", key, value) for key, value in WISHES.items() if re.search(rf"^{key}\b", parameters.source, re.M)]
+    command = [sys.executable, "-c", RUN, str(root), "run", name, *(word for wish in wishes for word in wish)]
     result = subprocess.run(command, cwd=ROOT / "tools", capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    return root / "build" / "executed"
+    return root / "build" / "executed" / f"{name}.ipynb"
 
 
 def code_cells(path: Path) -> list[nbformat.NotebookNode]:
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
+@pytest.mark.notebook
 @pytest.mark.parametrize("name", NAMES)
-def test_every_cell_runs_and_outputs_hold_no_log_noise(executed: Path, name: str) -> None:
-    for cell in code_cells(executed / f"{name}.ipynb"):
+def test_every_cell_runs_and_outputs_hold_no_log_noise(tmp_path: Path, name: str) -> None:
+    for cell in code_cells(execute(name, tmp_path)):
         assert cell.execution_count is not None, f"did not run: {cell.source[:60]}"
         for output in cell.outputs:
-            assert output.output_type != "error"
+            assert output.output_type != "error" or "raises-exception" in tags(cell)
             assert output.get("name") != "stderr", output.text
             text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
             assert not NOISE.search(text), text
@@ -44,8 +47,7 @@ def test_every_cell_runs_and_outputs_hold_no_log_noise(executed: Path, name: str
 def exercises(path: Path) -> list[tuple[str, str]]:
     """Pairs of the exercise's and its check's code."""
     cells = code_cells(path)
-    tags = [cell.metadata.get("tags", []) for cell in cells]
-    return [(cells[i].source, cells[i + 1].source) for i in range(len(cells)) if "exercise" in tags[i]]
+    return [(cell.source, check.source) for cell, check in itertools.pairwise(cells) if "exercise" in tags(cell)]
 
 
 @pytest.mark.parametrize("name", NAMES)

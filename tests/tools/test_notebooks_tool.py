@@ -200,7 +200,7 @@ def ran(tmp_path_factory):
     root = project(
         tmp_path_factory.mktemp("ran"),
         n00_good=GOOD + EXERCISE,
-        n01_fails="# %%\nx = 1\n# %%\ny = x / 0\nz = 1\n# %%\nprint('never')\n",
+        n01_fails="# %%\nx = 1\n# %%\nz = 1\ny = x / 0\nz = 2\n# %%\nprint('never')\n",
         n02_figure="# %%\nimport matplotlib.pyplot as plt\nplt.plot([1, 2]);\n",
     )
     home = root / "home"
@@ -214,7 +214,7 @@ def ran(tmp_path_factory):
     return root, process.returncode, output
 
 
-def test_a_failing_notebook_is_reported_with_its_cell_and_the_others_still_run(ran):
+def test_a_failing_notebook_is_reported_with_its_failing_line_and_the_others_still_run(ran):
     root, code, output = ran
     assert code == 1
     table = output[output.index("notebook  ") :].splitlines()
