@@ -34,7 +34,11 @@ def number(
 ) -> float:
     """`value` as a float; `error` unless it is finite, more than `above`, at least `least` and at most `most`."""
     limits = {"above": above, "from": least, "up to": most}
-    valid = isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    try:
+        valid = real and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        valid = False
     valid = valid and (above is None or value > above) and (least is None or value >= least)
     if not valid or (most is not None and value > most):
         words = " ".join(f"{word} {limit:,}" for word, limit in limits.items() if limit is not None)

@@ -557,12 +557,14 @@ print(f"80 epochs of 10 TB on 8192 nodes: {direct_h:.1f} h from Lustre, {staged_
 # On Nurion the burst buffer is a DDN **IME**. It shows the files of `/scratch` a second time, under `/scratch_ime`, and `ime-ctl` moves their data: `-i` in, `-r` back out, and `-p` purges, which frees the buffer. A job asks for it in its script. Yours, with your own folder (change the folder, the command, the nodes and hours; the application after `-A` must be one that Nurion knows, such as `tf` or `pytorch`):
 
 # %%
-print(staging.back_ends.job_script("nurion", "/scratch/$USER/imagenet", 'python train.py "$DATA" "$RESULTS"', nodes=512, hours=2))
+from nurion_utils import jobs
+
+print(jobs.job_script("nurion", "/scratch/$USER/imagenet", 'python train.py "$DATA" "$RESULTS"', nodes=512, hours=2))
 
 # %% [markdown]
 # (If the time runs out, the batch system ends the job before it has written back: ask for more hours than you need.)
 #
-# **The trap.** After the training the burst buffer should be freed, and out of habit one types `rm -r`. But `/scratch_ime/you/imagenet` and `/scratch/you/imagenet` are two views of one file, of which the buffer may hold a second set of bytes. `rm` in either view **deletes the file, the original**. To drop only the buffer's bytes, purge with `ime-ctl -p`, or from Python with `staging.back_ends.Ime("nurion").purge([...])`, which first writes back what has changed.
+# **The trap.** After the training the burst buffer should be freed, and out of habit one types `rm -r`. But `/scratch_ime/you/imagenet` and `/scratch/you/imagenet` are two views of one file, of which the buffer may hold a second set of bytes. `rm` in either view **deletes the file, the original**. To drop only the buffer's bytes, purge with `ime-ctl -p`, or from Python with `jobs.Ime("nurion").purge([...])`, which first writes back what has changed.
 #
 # Do not mix that up with `staging.purge`, which removes the copies that `stage` has made elsewhere. The functions of this package refuse to write or remove anything under `/scratch_ime`, also when it is reached through a link. Your shell does not refuse.
 
@@ -671,9 +673,9 @@ stage_first = {"a": False, "b": True, "c": False}
 # %% tags=["check"]
 from nurion_utils.storage import cases
 
-jobs = {"a": (300, 290, 15), "b": (900, 120, 1), "c": (240, 240, 200)}
+three_jobs = {"a": (300, 290, 15), "b": (900, 120, 1), "c": (240, 240, 200)}
 assert all(answer is not None for answer in stage_first.values()), "Put True or False in place of the dots for each job."
-for job, (slow_s, fast_s, epochs_planned) in jobs.items():
+for job, (slow_s, fast_s, epochs_planned) in three_jobs.items():
     needed = cases.break_even_epochs(20_000 / 100, slow_s, fast_s)
     after = f"after {needed:.3g} epochs" if needed < float("inf") else "never"
     pays_off = f"Staging takes 200 s and saves {slow_s - fast_s} s an epoch: it pays {after}, and job {job} has {epochs_planned}."

@@ -1,5 +1,5 @@
-from . import burst_buffers as burst_buffers
-from .burst_buffers import BackEndError as BackEndError
+from .burst_buffers import BurstBufferError as BurstBufferError
 from .burst_buffers import Ime as Ime
 from .burst_buffers import guard as guard
-from .burst_buffers import job_script as job_script
+from .script import Job as Job
+from .script import job_script as job_script

@@ -27,7 +27,7 @@ def test_what_is_not_a_whole_number_is_refused(value):
         _checks.whole_number(value, "ranks")
 
 
-@pytest.mark.parametrize("value", [True, "1", None, math.nan, math.inf, 0, -1])
+@pytest.mark.parametrize("value", [True, "1", None, math.nan, math.inf, 0, -1, 10**400, 1j, np.complex64(1)])
 def test_what_is_not_a_positive_number_is_refused(value):
     with pytest.raises(ValueError, match=f"hours must be a number above 0, not {re.escape(repr(value))}"):
         _checks.positive(value, "hours")

@@ -1,0 +1,274 @@
+"""Job scripts that bash can read, and of which some really run; a strict stand-in beside this file plays ime-ctl."""
+
+import math
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nurion_utils import sites
+from nurion_utils.jobs import job_script
+
+TRAIN = 'python train.py "$DATA"'
+
+
+def require_bash(script):
+    result = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    return script.splitlines()
+
+
+def test_nurions_script_asks_pbs_for_the_burst_buffer_and_whole_nodes():
+    lines = require_bash(job_script("nurion", "/scratch/$USER/imagenet", TRAIN, nodes=512, hours=1.5))
+    for expected in (
+        *["#PBS -q normal", "#PBS -A tf", "#PBS -P burst_buffer", "#PBS -l walltime=01:30:00", "#PBS -V"],
+        *["#PBS -l select=512:ncpus=68:mpiprocs=1:ompthreads=68", 'cd "$PBS_O_WORKDIR"'],
+        *["module load craype-mic-knl intel/18.0.3 impi/18.0.3", 'export DATA=/scratch_ime/"$USER"/imagenet'],
+        *['ime-ctl -i --block --recursive "$DATA"', f"mpirun -n 512 {TRAIN}"],
+    ):
+        assert expected in lines
+    assert any("rm under /scratch_ime deletes the original" in line for line in lines)
+    assert any("Submit it from /scratch/$USER" in line for line in lines)
+    assert not any(line.lstrip().startswith("rm ") for line in lines)
+    directives = [i for i, line in enumerate(lines) if line.startswith("#PBS")]
+    assert directives == list(range(1, len(directives) + 1))  # PBS stops looking at the first command
+
+
+def run(machine, script, training):
+    """Run a job script as PBS would, with a launcher and modules that only say that they were called."""
+    for name, text in {"mpirun": 'shift 2\nexec "$@"', "python": training}.items():
+        (machine.tmp / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (machine.tmp / "bin" / name).chmod(0o755)
+    environment = {**os.environ, "PBS_O_WORKDIR": str(machine.tmp), "BASH_FUNC_module%%": "() { echo module $*; }"}
+    return subprocess.run(["bash"], input=script, text=True, capture_output=True, env=environment)
+
+
+@pytest.mark.parametrize("name", ["data", 'da ta\'; "$HOME" `id` *'])
+def test_nurions_script_stages_in_trains_from_the_buffer_and_brings_the_results_back(machine, name):
+    machine.write(machine.scratch / "me" / name / "a", "volume")
+    script = job_script(machine.site, f"{machine.scratch}/$USER/{name}", TRAIN, 2, 1)
+    training = '[[ $2 == */scratch_ime/me/* ]] && cp "$2/a" "$RESULTS/model"'
+    result = run(machine, script, training)
+    assert result.returncode == 0, result.stderr
+    assert machine.calls() == [("stage in", ["a"]), ("sync", ["model"]), ("purge", ["a", "model"])]
+    assert (machine.scratch / "me" / f"{name}-results/model").read_text() == "volume"
+    assert (machine.scratch / "me" / name / "a").read_text() == "volume"
+
+
+def test_a_failed_training_still_brings_back_what_it_wrote_and_the_job_fails(machine):
+    machine.write(machine.scratch / "me/data/a")
+    script = job_script(machine.site, f"{machine.scratch}/me/data", TRAIN, 2, 1)
+    result = run(machine, script, 'echo half > "$RESULTS/model"; exit 3')
+    assert result.returncode == 3
+    assert machine.calls()[1:] == [("sync", ["model"]), ("purge", ["a", "model"])]
+
+
+def test_nothing_is_trained_when_staging_fails(machine):
+    script = job_script(machine.site, f"{machine.scratch}/me/missing", TRAIN, 2, 1)
+    result = run(machine, script, "echo TRAINED")
+    assert result.returncode != 0 and "TRAINED" not in result.stdout
+    assert "No such file" in result.stderr
+
+
+def test_coris_script_asks_slurm_and_datawarp():
+    lines = require_bash(job_script("cori", "/global/cscratch1/sd/me/cosmo", TRAIN, 8192, 2, capacity_gb=1000))
+    for expected in (
+        *["#SBATCH --nodes=8192", "#SBATCH --time=02:00:00", "#SBATCH --constraint=knl"],
+        "#DW jobdw capacity=1000GB access_mode=striped type=scratch",
+        "#DW stage_in source=/global/cscratch1/sd/me/cosmo destination=$DW_JOB_STRIPED/data type=directory",
+        "#DW stage_out source=$DW_JOB_STRIPED/results destination=/global/cscratch1/sd/me/cosmo-results type=directory",
+        *['export DATA="$DW_JOB_STRIPED/data"', f"srun -n 8192 --cpus-per-task=68 {TRAIN}"],
+    ):
+        assert expected in lines
+    assert not any("PBS" in line or "ime" in line.split() for line in lines)
+
+
+def test_a_rabbits_script_hands_its_directives_to_flux():
+    script = job_script(
+        "elcapitan", "/p/lustre1/me/cosmo", TRAIN, 16, 2, capacity_gb=500, ranks_per_node=4, results="/p/lustre1/me/out"
+    )
+    lines = require_bash(script)
+    first = lines.index('#FLUX: -S dw="""')
+    assert lines[first + 1 : first + 5] == [
+        "#FLUX: #DW jobdw type=xfs capacity=500GB name=buffer",
+        "#FLUX: #DW copy_in source=/p/lustre1/me/cosmo destination=$DW_JOB_buffer/data",
+        "#FLUX: #DW copy_out source=$DW_JOB_buffer/results destination=/p/lustre1/me/out",
+        '#FLUX: """',
+    ]
+    assert "#FLUX: --nodes=16" in lines and f"flux run -N 16 -n 64 -c 24 {TRAIN}" in lines
+    assert 'flux run -N 16 -n 64 -c 24 mkdir -p "$RESULTS"' in lines  # each node has a file system of its own
+
+
+def test_a_job_without_data_asks_for_no_burst_buffer_and_exports_what_it_is_given():
+    environment = {"HOROVOD_CPU_OPERATIONS": "MPI", "GREETING": "it's $HOME; `id`"}
+    lines = require_bash(job_script("nurion", None, "python train.py", 2, 1, environment=environment))
+    assert "export HOROVOD_CPU_OPERATIONS=MPI" in lines and "#PBS -P burst_buffer" not in lines
+    assert "export GREETING='it'\"'\"'s $HOME; `id`'" in lines
+    assert not any("ime-ctl" in line or "DATA" in line for line in lines)
+    assert lines[-1] == "mpirun -n 2 python train.py"
+
+
+@pytest.mark.parametrize("source", ["/scratch/$USER/da ta", "/scratch/$USERS/data"])
+def test_a_machine_without_a_burst_buffer_reads_from_its_shared_file_system(source, tmp_path):
+    site = sites.load("cori").model_copy(update={"burst_buffer": None})
+    lines = require_bash(job_script(site, source, TRAIN, 2, 1, results=f"{tmp_path}/a 'result'"))
+    assert not any(line.startswith("#DW") for line in lines)
+    export = "\n".join(line for line in lines if line.startswith(("export", "mkdir")))
+    shown = subprocess.run(
+        ["bash", "-c", f'{export}\nprintf %s "$DATA"'], env={"USER": "me", "PATH": os.environ["PATH"]}, stdout=-1
+    )
+    assert shown.stdout.decode() == source.replace("$USER/", "me/") and (tmp_path / "a 'result'").is_dir()
+
+
+def walltime(site, hours):
+    lines = job_script(site, None, TRAIN, 1, hours).splitlines()
+    return next(line.split("=")[-1] for line in lines if re.search(r"-l walltime=|--time=|--time-limit=", line))
+
+
+@pytest.mark.parametrize(
+    ("hours", "clock"),
+    [
+        (1e-9, "00:01:00"),
+        (0.001, "00:01:00"),
+        (1 / 3, "00:20:00"),
+        (0.55, "00:33:00"),  # 60 * 0.55 is more than 33
+        (30.25, "30:15:00"),
+        (47.999, "48:00:00"),
+        (120, "120:00:00"),
+        (np.float32(0.5), "00:30:00"),
+    ],
+)
+def test_walltime_is_rounded_up_to_whole_minutes(hours, clock):
+    assert walltime("nurion", hours) == walltime("cori", hours) == clock
+
+
+@given(st.floats(1e-12, 120))
+def test_a_walltime_is_never_less_than_was_asked_for_and_at_most_a_minute_more(hours):
+    clock = walltime("cori", hours)
+    minutes = sum(int(part) * factor for part, factor in zip(clock.split(":"), (60, 1, 1 / 60), strict=True))
+    assert max(1, 60 * hours - 1e-6) <= minutes <= 60 * hours + 1
+    assert walltime("elcapitan", hours) == f"{minutes:.0f}m"
+
+
+NAMES = [
+    "a" * 16,
+    ".command.run",
+    "1/12",
+    "99_snap",
+    "x y",
+    "test%NYF",
+    "naïve",
+    "",
+    "-x",
+    "a\n#PBS -l",
+    "a\n",
+    None,
+    5,
+]
+
+
+@pytest.mark.parametrize("site", ["nurion", "cori", "elcapitan"])
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_schedulers_refuse_are_refused_here(site, name):
+    with pytest.raises(ValueError, match="name must be a letter and up to 14 letters, digits") as caught:
+        job_script(site, None, TRAIN, 1, 1, name=name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("site", "changes", "says"),
+    [
+        ("cori", {"source": "/s/my data"}, "no way to quote the ' ' in"),
+        ("elcapitan", {"results": "/s/$USER/x"}, r"no way to quote the '\$' in"),
+        ("cori", {"capacity_gb": None}, "capacity_gb is needed"),
+        ("cori", {"capacity_gb": 2e6}, "a number above 0 up to 1,800,000.0, not 2000000.0"),
+        ("cori", {"capacity_gb": math.nan}, "capacity_gb must be a number above 0"),
+        ("nurion", {"capacity_gb": "100"}, "capacity_gb must be a number above 0"),
+        ("nurion", {"capacity_gb": True}, "capacity_gb must be a number above 0"),
+        ("cori", {"source": "/s/a\n#DW x"}, "one line without '..'"),
+        ("cori", {"source": "/s/a\r"}, "one line without '..'"),
+        ("cori", {"source": Path("/s/a")}, "must be an absolute path"),
+        ("nurion", {"source": "/home01/me/x"}, "name one below /scratch"),
+        ("nurion", {"source": "data"}, "absolute path on 'nurion'"),
+        ("nurion", {"source": ""}, "absolute path on 'nurion'"),
+        ("nurion", {"source": "/scratch/me/../you"}, "without '..'"),
+        ("nurion", {"results": "/scratch/me/data/out"}, "must not lie in the data"),
+        ("nurion", {"results": "/scratch"}, "must not lie in the data"),
+        ("nurion", {"source": None, "results": "/scratch/me/out"}, "results need a source"),
+        ("nurion", {"nodes": 8306}, "nodes must be a whole number from 1 to 8,305, not 8306"),
+        ("nurion", {"nodes": 2.0}, "nodes must be"),
+        ("nurion", {"nodes": True}, "nodes must be"),
+        ("nurion", {"nodes": "2"}, "nodes must be"),
+        ("nurion", {"ranks_per_node": 69}, "from 1 to 68"),
+        ("nurion", {"ranks_per_node": 0}, "from 1 to 68"),
+        ("nurion", {"hours": 0}, "hours must be a number above 0, not 0"),
+        ("nurion", {"hours": 120.01}, r"hours must be at most 120 on 'nurion' \(guide\), not 120.01"),
+        ("nurion", {"hours": math.nan}, "hours must be a number above 0, not nan"),
+        ("cori", {"hours": math.inf}, "hours must be a number above 0, not inf"),
+        ("nurion", {"hours": "2"}, "hours must be a number above 0, not '2'"),
+        ("nurion", {"hours": True}, "hours must be a number above 0, not True"),
+        ("nurion", {"hours": None}, "hours must be a number above 0, not None"),
+        ("nurion", {"queue": "gpu"}, "the queue on 'nurion' must be one of 'exclusive', 'normal', .* not 'gpu'"),
+        ("nurion", {"queue": ""}, "the queue on 'nurion' must be one of"),
+        ("nurion", {"application": "tf\n#PBS -q x"}, "application must be"),
+        ("nurion", {"application": ""}, "application must be"),
+        ("nurion", {"environment": {"A B": "x"}}, "environment must be names and a line of text"),
+        ("nurion", {"environment": {"A": "x\n#PBS -q long"}}, "environment must be names and a line of text"),
+        ("nurion", {"environment": {"A": 1}}, "environment must be names and a line of text"),
+        ("nurion", {"command": "a\nb"}, "one line of shell"),
+        ("nurion", {"command": "a\r#PBS"}, "one line of shell"),
+        ("nurion", {"command": " "}, "one line of shell"),
+        ("nurion", {"command": "# later"}, "one line of shell"),
+        ("nurion", {"command": "-n 1 x"}, "one line of shell"),
+        ("nurion", {"command": ["python", "train.py"]}, "one line of shell"),
+        ("nurion", {"command": "python 'train.py"}, "bash cannot read the command .* unexpected EOF"),
+        ("nurion", {"command": "python train.py; }"}, "bash cannot read the command"),
+        ("local", {}, "'local' has no scheduler: take one that has"),
+        ("fugaku", {}, "no site 'fugaku'"),
+    ],
+)
+def test_what_a_site_cannot_run_is_refused_in_one_sentence(site, changes, says):
+    usual = {"source": "/scratch/me/data", "command": TRAIN, "nodes": 2, "hours": 1, "capacity_gb": 100}
+    with pytest.raises(ValueError, match=says) as caught:
+        job_script(site, **{**usual, **changes})
+    assert "\n" not in str(caught.value)
+
+
+ANY_TEXT = st.text(max_size=12) | st.text("ab /\\'\"$`;&|<>(){}#-=\n\t%!*~", max_size=12)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(["nurion", "cori", "elcapitan"]), ANY_TEXT, ANY_TEXT, ANY_TEXT, ANY_TEXT)
+def test_whatever_is_not_refused_is_a_script_that_bash_can_read(site, folder, command, name, value):
+    usual = {"source": "/scratch/me/data", "command": TRAIN, "nodes": 2, "hours": 1, "capacity_gb": 100}
+    lines = len(job_script(site, **usual, environment={"A": "a"}).split("\n"))
+    for changes in (
+        {"source": f"/scratch/{folder}"},
+        {"command": command},
+        {"name": name},
+        {"environment": {"A": value}},
+    ):
+        try:
+            script = job_script(site, **{**usual, "environment": {"A": "a"}, **changes})
+        except ValueError as error:
+            assert "\n" not in str(error)
+        else:
+            assert len(require_bash(script)) + 1 == lines  # so that none can be a directive of its own
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.text(st.characters(exclude_categories=["C", "Z"], include_characters=" '\"$`\\"), min_size=1, max_size=12))
+def test_any_name_reaches_the_shell_as_it_is(name):
+    if "/" in name or "$USER" in name or name in (".", ".."):
+        return
+    script = job_script("nurion", f"/scratch/$USER/{name}", TRAIN, 1, 1)
+    line = next(line for line in script.splitlines() if line.startswith("export DATA="))
+    shown = subprocess.run(
+        ["bash", "-c", f'{line}\nprintf %s "$DATA"'], env={"USER": "me"}, capture_output=True, check=True
+    )
+    assert shown.stdout.decode() == f"/scratch_ime/me/{name}"
