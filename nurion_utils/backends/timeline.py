@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from nurion_utils._checks import require_columns
-from nurion_utils.backends.timeline_file import OPERATIONS, TimelineError, read
+from nurion_utils.backends.timeline_file import TimelineError, read
+from nurion_utils.backends.timeline_spans import OPERATIONS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

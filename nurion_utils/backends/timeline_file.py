@@ -1,61 +1,88 @@
 """A Horovod timeline from its file to a table.
 
 Read here is what Horovod 0.28.1 writes, by its horovod/common/timeline.cc: Chrome's trace format, with a process for
-each tensor.  Such a file may break off anywhere: at shutdown the writer drops what it has not written yet.
+each tensor. Such a file may break off anywhere: at shutdown the writer drops what it has not written yet.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import Annotated, Literal
 
+import msgspec
 import numpy as np
 import pandas as pd
 
-# Whole operations, by horovod/common/message.cc; activities, which are parts of them, by horovod/common/common.h.
-OPERATIONS = ["allreduce", "allgather", "broadcast", "reducescatter", "adasum", "alltoall", "error"]
-ACTIVITIES = {
-    "queue": r"WAIT_FOR_(OTHER_TENSOR_)?DATA|QUEUE",
-    "fuse": r"MEMCPY_IN_.*",
-    "wire": r"(MPI|CCL|GLOO|NCCL|DDL)_.*",
-    "unfuse": r"MEMCPY_OUT_.*|COPY_ALLGATHER_OUTPUT",
-    "prepare": r".*",  # INIT_FUSION_BUFFER, ALLOCATE_OUTPUT and the like
-}
-PHASES = ["negotiate", *OPERATIONS, *ACTIVITIES, "ready", "cycle"]
+from nurion_utils.backends.timeline_spans import PHASES, meaning, pair
 
-# A file is units and a bracket: the head, the names of tensors and the events, each with the separator before it.
-# A name is written as it is, quotes and all, and goes on until the next line begins.
-NUMBER = rb"\d{1,18}"
-NAMED = rb'"pid": (\d{1,9}), "args": \{(?:"start_time_since_epoch_in_micros": ?(%b)|"name": "((?:%b)*)")\}\},\s*' % (
-    NUMBER,
-    rb'(?!"\}\},\s*\{"name": "process_|\{"ph": ")[\s\S]',
-)
-ARGS = rb', "args": \{"dtype": "[a-z]+\d*", "shape": "\[(?:%b(?:, %b)*)?\]"\}' % (NUMBER, NUMBER)
-SEPARATOR = re.compile(rb"(?:\A\s*\[|\s*,)\s*")
-UNIT = re.compile(
-    rb'%b\{"(?:ph": "(B", "name": "[A-Z_]+|E|X", "name": "\d{1,6}|i", "name": "CYCLE_START)", '
-    rb'"ts": (%b), ("pid": \d{1,9}(?:, "dur": 0)?(?:%b)?|"s": "g")|name": "process_name", "ph": "M", %b'
-    rb'\{"name": "process_sort_index", "ph": "M", "pid": \d{1,9}, "args": \{"sort_index": \d{1,9}\})\}'
-    % (SEPARATOR.pattern, NUMBER, ARGS, NAMED)
-)
-EVENT, TIME, REST, PID, EPOCH, NAME, LEFT = range(7)  # its groups, and whatever is left where no unit is
-UNIT_OR_LEFT = re.compile(UNIT.pattern + rb"|([\s\S]+)")
-SAMPLES = [
-    b',{"ph": "B", "name": "A", "ts": 1, "pid": 1}',
-    b',{"ph": "X", "name": "0", "ts": 1, "pid": 1, "dur": 0}',
-    b',{"ph": "E", "ts": 1, "pid": 1, "args": {"dtype": "a", "shape": "[1, 1]"}}',
-    b',{"ph": "i", "name": "CYCLE_START", "ts": 1, "s": "g"}',
-    b',{"name": "process_name", "ph": "M", "pid": 1, "args": {"name": "A"}},'
-    b'{"name": "process_sort_index", "ph": "M", "pid": 1, "args": {"sort_index": 1}}',
-    b',{"name": "process_name", "ph": "M", "pid": 1, "args": {"start_time_since_epoch_in_micros":1}},'
-    b'{"name": "process_sort_index", "ph": "M", "pid": 1, "args": {"sort_index": 1}}',
-]
+Count = Annotated[int, msgspec.Meta(ge=0, le=10**18)]
+Pid = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class _Event(msgspec.Struct, tag_field="ph", forbid_unknown_fields=True, gc=False):
+    """What a timeline is a list of; each kind by its letter, as the writer's source has it."""
+
+
+class _Begin(_Event, tag="B"):
+    name: str
+    ts: Count
+    pid: Pid
+
+
+class _Tensor(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    dtype: Annotated[str, msgspec.Meta(pattern=r"^[a-z]+\d*$")]
+    shape: Annotated[str, msgspec.Meta(pattern=r"^\[(\d{1,18}(, \d{1,18})*)?\]$")]
+
+
+class _End(_Event, tag="E"):
+    ts: Count
+    pid: Pid
+    args: _Tensor | None = None
+    name: Literal[""] = ""
+
+
+class _Ready(_Event, tag="X"):
+    name: str  # the number of a rank
+    ts: Count
+    pid: Pid
+    dur: Literal[0]
+
+
+class _Cycle(_Event, tag="i"):
+    name: Literal["CYCLE_START"]
+    ts: Count
+    s: Literal["g"]
+    pid: Literal[0] = 0
+
+
+class _Described(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    name: str = ""
+    start_time_since_epoch_in_micros: Count | None = None
+    sort_index: Count | None = None
+
+
+class _Process(_Event, tag="M"):
+    name: Literal["process_name", "process_sort_index"]
+    pid: Count
+    args: _Described
+
+
+ANY = _Begin | _End | _Ready | _Cycle | _Process
+NAMES = {_Begin: re.compile("[A-Z_]+"), _Ready: re.compile(r"\d{1,6}")}  # not above: once per name is much faster
+EVENT, EVENTS = msgspec.json.Decoder(ANY), msgspec.json.Decoder(list[ANY])
+
+# The name of a tensor is written as it is, quotes and all, and goes on until the next line begins, or the file ends.
+TENSOR = re.compile(rb'"args": \{"name": "((?:(?!\{"ph": ")[\s\S])*?)(?:"\}\},\s*\{"name": "process_sort_index"|\Z)')
 HEAD = "the head of a Horovod timeline"
-CHUNK_BYTES, LONGEST_UNIT_BYTES = 1 << 17, 1 << 16
+AN_EVENT = 'an event like {"ph": "B", "name": ..., "ts": ..., "pid": ...} or the end of the list'
 
 
 class TimelineError(ValueError):
@@ -70,14 +97,14 @@ def read(path: str | Path) -> pd.DataFrame:
     Parameters
     ----------
     path
-        What HOROVOD_TIMELINE or ``hvd.start_timeline`` named.  The file may be cut off, as if its run was killed.
+        What HOROVOD_TIMELINE or ``hvd.start_timeline`` named. The file may be cut off, as if its run was killed.
 
     Returns
     -------
     pandas.DataFrame
         One row per span:
 
-        - ``tensor``: its name; empty for "cycle".  TensorFlow's eager operations share HorovodAllreduce and the like.
+        - ``tensor``: its name; empty for "cycle". TensorFlow's eager operations share HorovodAllreduce and the like.
         - ``phase``: "negotiate" (since the first rank announced the tensor, until the last did); an operation, one of
           `OPERATIONS`; its parts "queue" (for data), "prepare" (buffers), "fuse" and "unfuse" (copies into and out of
           the fused buffer) and "wire" (the transfer itself); "ready" (a rank announced the tensor, of duration 0;
@@ -98,24 +125,32 @@ def read(path: str | Path) -> pd.DataFrame:
     Raises
     ------
     TimelineError
-        If the file is missing, empty, no timeline, or malformed other than by being cut off.
+        The file is missing, empty, not a timeline, or malformed other than by being cut off.
     """
     data = _load(path)
-    time_us, kind, rest, kinds, rests, names, epoch_us = _scan(path, data)
+    text, names = _without_names(data)
+    entries = _entries(path, data, text)
+    events = [entry for entry in entries if type(entry) is not _Process]
 
     def fail(i: int, expected: str) -> None:
-        events = (unit for unit in UNIT.finditer(data) if unit[1 + EVENT])
-        raise _malformed(path, data, data.index(b"{", next(islice(events, int(i), None)).start()), expected)
+        number = next(number for number, entry in enumerate(entries) if entry is events[i])
+        raise _malformed(path, data, next(islice(_places(text), number, None)), expected)
 
-    meanings = [_meaning(each) for each in kinds]
-    phases = [phase for phase, _, _ in meanings]
-    tensors, tensor_of, bytes_of = _tensors(names, rests)
-    tensor = tensor_of[rest]
+    numbers: dict[tuple[type, str], int] = defaultdict(lambda: len(numbers))  # few kinds, numbered as they come
+    kind = np.array([numbers[type(event), event.name] for event in events], np.int32)
+    odd = [number for (of, name), number in numbers.items() if of in NAMES and not NAMES[of].fullmatch(name)]
+    if odd:
+        fail(np.argmax(np.isin(kind, odd)), AN_EVENT)
+    meanings = [meaning(of.__struct_config__.tag, name) for of, name in numbers]
+    tensors, of_pid = _tensors(entries, names)
+    tensor = np.array([of_pid.get(event.pid, -1) for event in events], np.int32)
     if (tensor < 0).any():
         fail(np.argmax(tensor < 0), "a tensor that has a name")
+    time_us = np.fromiter((event.ts for event in events), np.int64, len(events))
     if (np.diff(time_us) < 0).any():
         fail(np.argmax(np.diff(time_us) < 0) + 1, "a time no earlier than that of the event before")
-    rows, occurrences, unfinished = _pair([phases[each] for each in kind.tolist()], tensor.tolist(), fail)
+    phases = [phase for phase, _, _ in meanings]
+    rows, occurrences, unfinished = pair([phases[each] for each in kind.tolist()], tensor.tolist(), fail)
 
     (begin, end, occurrence), (end_of, buffer_of) = rows, occurrences
     types = {"phase": pd.CategoricalDtype(PHASES), "activity": "category", "rank": "int32"}
@@ -123,8 +158,9 @@ def read(path: str | Path) -> pd.DataFrame:
     table.insert(0, "tensor", pd.Categorical.from_codes(tensor[begin], tensors))
     table["start_s"] = time_us[begin] / 1e6
     table["duration_s"] = (time_us[end] - time_us[begin]) / 1e6
-    table["bytes"] = np.where(end_of < 0, np.nan, bytes_of[rest[end_of]])[occurrence]
+    table["bytes"] = np.array([math.nan if i < 0 else _bytes(events[i].args) for i in end_of.tolist()])[occurrence]
     table["buffer"] = buffer_of[occurrence].astype(np.int32)
+    epoch_us = entries[0].args.start_time_since_epoch_in_micros if entries else math.nan
     table.attrs = {"epoch_s": epoch_us / 1e6, "unfinished": unfinished}
     return table
 
@@ -143,118 +179,66 @@ def _malformed(path: str | Path, data: bytes, offset: int, expected: str) -> Tim
     return TimelineError(f"{path}, byte {offset}: expected {expected}; found {data[offset : offset + 60]!r}")
 
 
-def _scan(
-    path: str | Path, data: bytes
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str], list[str], dict[int, str], float]:
-    """Time, beginning and rest of each event, the latter two as indices; beginnings, rests, names, and the epoch."""
-    kinds, rests = defaultdict(int), defaultdict(int)  # few different ones, numbered as they come
-    kinds.default_factory, rests.default_factory = kinds.__len__, rests.__len__
-    names, epoch_us, parts, start, end = {}, math.nan, [], 0, 0
-    while end < len(data):
-        end = min(end + CHUNK_BYTES, len(data))
-        units = UNIT_OR_LEFT.findall(data, start, end)
-        left = units[-1][LEFT]
-        events = [unit for unit in units if unit[EVENT]]
-        time_us, kind, rest = ([unit[group] for unit in events] for group in (TIME, EVENT, REST))
-        columns = map(int, time_us), map(kinds.__getitem__, kind), map(rests.__getitem__, rest)
-        parts.append(np.array([np.fromiter(column, np.int64, len(events)) for column in columns]))
-        for unit in units:
-            if unit[EPOCH]:
-                epoch_us = int(unit[EPOCH])
-            elif unit[PID]:
-                names[int(unit[PID])] = unit[NAME].decode(errors="backslashreplace")
-        start = end - len(left)
-        whole = start > 0 and left.strip() == b"]"
-        if len(left) > LONGEST_UNIT_BYTES or end == len(data) and not (whole or _begins_a_unit(left)):
-            expected = 'an event like {"ph": "B", "name": ..., "ts": ..., "pid": ...} or the end of the list'
-            offset = re.compile(rb"(?:%b|\]?)\s*" % SEPARATOR.pattern).match(data, start).end()
-            raise _malformed(path, data, offset, expected if start else HEAD)
-    if math.isnan(epoch_us) and start > 0:
+def _without_names(data: bytes) -> tuple[bytearray, list[str]]:
+    """The file as JSON of the same length, in which names of tensors are blank, and the names in their order."""
+    text, names = bytearray(data), []
+    for name in TENSOR.finditer(data):
+        names.append(name[1].decode(errors="backslashreplace"))
+        text[slice(*name.span(1))] = b" " * len(name[1])
+    return text, names
+
+
+def _entries(path: str | Path, data: bytes, text: bytearray) -> list[ANY]:
+    """All entries of a file, without the one in which it is cut off."""
+    begun = max(text.rfind(separator) + 1 for separator in (b",{", b",\n{", b"[\n{"))  # where the last entry begins
+    entries = None
+    try:
+        entries = EVENTS.decode(text)
+        cut = False
+    except msgspec.DecodeError as error:
+        cut = "truncated" in str(error)
+    for end in (len(text), begun) if cut else ():
+        with contextlib.suppress(msgspec.DecodeError):
+            entries = EVENTS.decode(text[:end].rstrip(b", \n") + b"]")
+            break
+    if entries is None:
+        *before, offset = _places(text)
+        raise _malformed(path, data, offset, AN_EVENT if before else HEAD)
+    headed = entries and type(entries[0]) is _Process and entries[0].args.start_time_since_epoch_in_micros is not None
+    if not headed and (entries or not cut):
         raise _malformed(path, data, 0, HEAD)
-    decoded = ([each.decode() for each in codes] for codes in (kinds, rests))
-    return *np.concatenate(parts, axis=1), *decoded, names, epoch_us
+    return entries
 
 
-def _begins_a_unit(left: bytes) -> bool:
-    """Whether something would make a unit of this: then the end of one of the samples does."""
-    return any(UNIT.fullmatch(left + sample[i:]) for sample in SAMPLES for i in range(len(sample)))
+def _places(text: bytearray) -> Iterator[int]:
+    """The byte where each entry begins, up to the first that is not valid; found one by one, so only to tell of it."""
+    characters, at, separator = text.decode("latin-1"), 0, re.compile(r"\s*\[\s*")  # one character per byte
+    while match := separator.match(characters, at):
+        at, separator = match.end(), re.compile(r"\s*[,\]]\s*")
+        yield at
+        try:
+            _, end = json.JSONDecoder().raw_decode(characters, at)
+            EVENT.decode(text[at:end])
+        except (ValueError, msgspec.DecodeError):
+            return
+        at = end
+    yield at
 
 
-def _meaning(kind: str) -> tuple[str | None, str, int]:
-    """Phase, activity and rank of what begins with an event; an end has none."""
-    letter, _, word = kind.partition('", "name": "')
-    if letter == "E":
-        return None, "", -1
-    if letter == "X":
-        return "ready", "", int(word)
-    if letter == "i":
-        return "cycle", word, -1
-    if word.startswith("NEGOTIATE_"):
-        return "negotiate", word, -1
-    if word.lower() in OPERATIONS:
-        return word.lower(), word, -1
-    return next(phase for phase, pattern in ACTIVITIES.items() if re.fullmatch(pattern, word)), word, -1
+def _tensors(entries: list[ANY], names: list[str]) -> tuple[list[str], dict[int, int]]:
+    """The names of tensors, the first that of none, and which of them each process is."""
+    tensors, of_pid = {"": 0}, {0: 0}
+    processes = [entry.pid for entry in entries if type(entry) is _Process and entry.name == "process_name"]
+    for pid, name in zip(processes[1:], names, strict=False):  # the first is the head; a last name may be cut off
+        of_pid[pid] = tensors.setdefault(name, len(tensors))
+    return [*tensors], of_pid
 
 
-def _tensors(names: dict[int, str], rests: list[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Names, the first that of no tensor; for each rest of an event which of them (-1 if unknown), and its bytes."""
-    tensors = {"": 0}
-    of_pid = {pid: tensors.setdefault(name, len(tensors)) for pid, name in names.items()}
-    tensor, size = np.zeros(len(rests), np.int32), np.full(len(rests), np.nan)
-    for i, rest in enumerate(rests):
-        if pid := re.match(r'"pid": (\d+)', rest):
-            tensor[i] = of_pid.get(int(pid[1]), -1)
-        if shape := re.search(r'"dtype": "(?:bool|(?:u?int|float)(\d+))", "shape": "\[(.*)\]"', rest):
-            size[i] = int(shape[1] or 8) // 8 * math.prod(map(int, re.findall(r"\d+", shape[2])))
-    return [*tensors], tensor, size
+def _bytes(tensor: _Tensor | None) -> float:
+    return math.nan if tensor is None else _length(tensor.dtype, tensor.shape)
 
 
-def _pair(
-    phases: list[str | None], tensors: list[int], fail: Callable[[int, str], None]
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Rows (events that begin and end them, occurrence), occurrences (end and buffer, or -1), the number of open spans.
-
-    A tensor is negotiated, then in an operation with one activity after the other inside it, and so on.  Two things
-    make an end without a beginning.  `hvd.start_timeline` begins a file amid operations: then there are ends before
-    the tensor's first beginning.  And if two process sets negotiate the same name at a time, Horovod writes one
-    beginning and two ends, the second right before its operation.
-    """
-    rows, occurrences, under_way, buffer = [], [], 0, -1
-
-    def new_occurrence() -> int:
-        occurrences.append([-1, -1])
-        return len(occurrences) - 1
-
-    operations, began, strays = set(OPERATIONS), set(), {}
-    spans_of, occurrence_of = defaultdict(list), defaultdict(new_occurrence)
-    for i, (phase, tensor) in enumerate(zip(phases, tensors, strict=True)):
-        spans, occurrence = spans_of[tensor], occurrence_of[tensor]
-        if tensor in strays and phase not in operations:
-            fail(strays[tensor], "no end of what has not begun")
-        strays.pop(tensor, None)
-        if phase == "ready" or phase == "cycle":
-            rows += (i, i, occurrence)
-        elif phase in ACTIVITIES:
-            if len(spans) > 1 or not spans and tensor in began:
-                fail(i, "an activity inside an operation")
-            spans.append(i)
-        elif phase:
-            if spans:
-                fail(i, "the end of what the tensor is in")
-            spans.append(i)
-            began.add(tensor)
-            if phase in operations:
-                buffer += not under_way  # a buffer begins while no operation is under way
-                under_way += 1
-                occurrences[occurrence][1] = buffer
-        elif spans:
-            begin = spans.pop()
-            rows += (begin, i, occurrence)
-            if phases[begin] in operations:
-                under_way -= 1
-                occurrences[occurrence][0] = i
-                occurrence_of[tensor] = new_occurrence()
-        elif tensor in began:
-            strays[tensor] = i
-    columns = (np.array(each, np.int64).reshape(-1, n).T for each, n in ((rows, 3), (occurrences, 2)))
-    return *columns, sum(map(len, spans_of.values()))
+@lru_cache
+def _length(dtype: str, shape: str) -> float:
+    bits = re.fullmatch(r"(?:u?int|float)(\d+)|bool", dtype)
+    return int(bits[1] or 8) // 8 * math.prod(map(int, re.findall(r"\d+", shape))) if bits else math.nan

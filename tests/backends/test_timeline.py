@@ -11,11 +11,11 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-import timeline as bench  # noqa: E402
+import timeline as bench
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nurion_utils.backends import timeline, timeline_file
+from nurion_utils.backends import timeline
 from nurion_utils.backends.timeline import TimelineError
 
 matplotlib.use("Agg")
@@ -44,12 +44,14 @@ class Writer:
 
     @property
     def places(self) -> list[tuple[int, int]]:
-        """First and last byte of each unit, the last excluded."""
+        """First and last byte of each entry of the list, the last excluded."""
         at, places = 0, []
         for separator, unit in zip(self.separators, self.units, strict=True):
-            begin = at + len(separator.encode())
-            at = begin + len(unit.encode())
-            places.append((begin, at))
+            at += len(separator.encode())
+            for entry in unit.encode().split(b",\n"):
+                places.append((at, at + len(entry)))
+                at += len(entry) + 2
+            at -= 2
         return places
 
     def begin(self, name: str, tensors: str | list[str], us: int) -> "Writer":
@@ -114,9 +116,6 @@ def compute() -> pd.DataFrame:
 
 def same_rows(one: pd.DataFrame, other: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(one, other, check_categorical=False)
-
-
-# -- what it says -----------------------------------------------------------------------------------------------------
 
 
 def test_each_span_is_a_row_with_its_phase_and_its_times(table):
@@ -198,19 +197,6 @@ def test_a_name_that_is_no_utf8_is_read_all_the_same(tmp_path):
     assert (timeline.read(tmp_path / "timeline.json")["tensor"] == "b\\xff").any()
 
 
-# -- where it may break off -------------------------------------------------------------------------------------------
-
-
-@given(st.integers(40, 400))
-@no_deadline
-def test_a_file_reads_the_same_in_pieces_of_any_size(tmp_path_factory, chunk):
-    path = two_steps().write(tmp_path_factory.getbasetemp() / "pieces.json")
-    with pytest.MonkeyPatch.context() as patch:
-        whole = timeline.read(path)
-        patch.setattr(timeline_file, "CHUNK_BYTES", chunk)
-        same_rows(timeline.read(path), whole)
-
-
 def test_spans_without_an_end_are_left_out_and_counted(tmp_path):
     trace = two_steps().begin("NEGOTIATE_ALLREDUCE", "a", 4000)
     trace.begin("ALLREDUCE", "d", 4001).begin("MPI_ALLREDUCE", "d", 4002)
@@ -235,9 +221,6 @@ def test_two_process_sets_may_negotiate_one_name(tmp_path):
     table = timeline.read(trace.write(tmp_path / "timeline.json"))
     assert table["phase"].tolist() == ["negotiate", "allreduce", "ready", "allreduce"]
     assert table["buffer"].tolist() == [0, 0, 1, 1]
-
-
-# -- what is refused --------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -297,9 +280,6 @@ def test_a_missing_file_and_an_empty_one_are_refused_in_a_sentence(tmp_path):
     (tmp_path / "timeline.json").touch()
     with pytest.raises(TimelineError, match="timeline.json is empty: Horovod writes nothing before"):
         timeline.read(tmp_path / "timeline.json")
-
-
-# -- steps ------------------------------------------------------------------------------------------------------------
 
 
 def test_exposed_is_what_the_computation_of_rank_0_does_not_hide(table, compute):
@@ -405,9 +385,6 @@ def test_computation_that_cannot_be_is_refused(table, compute, change, sentence)
         timeline.steps(table, change(compute))
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
-
-
 def lanes(figure) -> list[str]:
     return [label.get_text() for label in figure.axes[0].get_yticklabels()]
 
@@ -444,9 +421,6 @@ def test_a_picture_has_room_for_16_ranks(table):
     assert "rank 15 computes" in lanes(timeline.draw(table, compute[:16]))
     with pytest.raises(ValueError, match="room for 16 ranks"):
         timeline.draw(table, compute)
-
-
-# -- real timelines ---------------------------------------------------------------------------------------------------
 
 
 def record(path: str, fusion: str) -> float:

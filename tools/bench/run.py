@@ -117,7 +117,7 @@ ROWS += [
     for size in (4, 4096)
 ] + [
     Row("timeline", "reading a Horovod timeline of 1,000,000 events against json.load and pandas", "timeline",
-        "nurion_utils", "json + pandas", "speed", 2.0),
+        "nurion_utils", "json + pandas", "speed", 1.5),
 ]  # fmt: skip
 
 
