@@ -3,13 +3,13 @@
 #
 # **Goal:** find out why a shared file system gives up long before its bandwidth is used, bring the data next to the ranks so that it can be trusted, and predict for how many nodes and epochs that pays.
 #
-# **You will be able to:** say how many bytes per second a node needs; recognise the hottest storage target, too many opens and a client timeout; stage a data set that survives being killed; read accelerator utilisation; decide whether staging pays; write the job for Nurion without deleting your originals.
+# **You will be able to:** say how many bytes per second a node needs; recognise the hottest storage target, an overloaded metadata server and a client timeout; stage a data set that survives being killed; read accelerator utilisation; decide whether staging pays; write the job for Nurion without deleting your originals.
 #
 # **Prerequisites:** [Data-parallel training](01_data_parallel_training.ipynb), or at least its idea: ranks read different samples, and meet after every step.
 #
 # **Minutes:** 45 to read and run; the cells alone take about 1.5 on 2 cores
 #
-# ## What a node eats
+# ## What a node reads
 #
 # CosmoFlow learns from cubes of dark matter. One sample is 8 MB, and one node of the supercomputer Cori computed on it for 129 ms. A node that is not to wait therefore needs
 #
@@ -23,13 +23,13 @@
 n_ranks: int = 2  # ranks that read and train, 2 or more; on a larger machine as many as it has cores
 n_volumes: int = 128  # volumes to train on, a multiple of 16 * n_ranks; 1024 show less of the start of each epoch
 volume_size: int = 32  # voxels along an edge; 64 makes the files 8 times as large
-reader_counts: list = [1, 2, 4, 8, 16, 32]  # readers that queue at the stand-in; 64 and 128 take half a minute more
-epochs: int = 3  # of the training from each storage; the first one is not counted
+reader_counts: list = [1, 2, 4, 8, 16, 32]  # readers that queue at once; 64 and 128 take half a minute more
+epochs: int = 8  # of the training from each file system; the first one is not counted, and fewer than 7 can never be clear
 pipeline_steps: int = 16  # of each setting of the input pipeline; two epochs of the default data
 pipeline_repeats: int = 2  # of each setting; 5 narrow the spread
 
 # %%
-from nurion_utils import ranks, sites, staging
+from nurion_utils import ranks, recordings, sites, staging, style, timing
 from nurion_utils.storage import cases
 
 world = ranks.start(n_ranks)
@@ -39,7 +39,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
+style.use()
 rows = []
 for site in ("nurion", "cori"):
     machine = sites.load(site)
@@ -57,7 +57,7 @@ limits
 # A division, no more: bandwidth over demand. Now look at what was published about CosmoFlow on Cori.
 
 # %%
-published = cases.published()
+published = recordings.load("published_io")
 cosmoflow = published[published["case"] == "CosmoFlow"].set_index("storage")
 cosmoflow[cosmoflow["quantity"].isin(["largest job", "parallel efficiency"])][["machine", "nodes", "quantity", "value", "outcome", "source"]]
 
@@ -68,17 +68,16 @@ cosmoflow[cosmoflow["quantity"].isin(["largest job", "parallel efficiency"])][["
 #
 # ## A file system that chokes
 #
-# In a Lustre, a file's bytes lie on one or more **storage targets** (OSTs): disks behind a server. A **metadata server** knows which. To read, a node first opens the file at the metadata server, then asks the targets. Each of them serves one request after the other, so a request waits for all that came before it. Requests that wait for too long are given up by the node: a **timeout**, by default 100 s.
+# In a Lustre, a file's bytes lie on one or more **storage targets** (OSTs): disks behind a server. A **metadata server** knows which. To read, a node first opens the file at the metadata server, which is one **metadata operation**, then asks the targets. Each of them serves one request after the other, so a request waits for all that came before it. Requests that wait for too long are given up by the node: a **timeout**, by default 100 s.
 #
-# `SharedStore` plays one on your machine, with real readers that really wait: the bytes come from your disk, but only when their turn has come. Its rates are small enough for a laptop: 4 targets of 30 MB/s, a metadata server that opens 400 files a second, and readers that lose patience after 2 s. (`stripe_count` says over how many targets a file is spread, `stripe_bytes` in pieces of which size; 1 is the default of a real Lustre, too.)
+# `EmulatedFileSystem` plays one on your machine, with real readers that really wait: the bytes come from your disk, but only when their turn has come. Its rates are small enough for a laptop: 4 targets of 30 MB/s, a metadata server that opens 400 files a second, and readers that give up after 2 s. (`stripe_count` says over how many targets a file is spread, `stripe_bytes` in pieces of which size; 1 is the default of a real Lustre, too.)
 
 # %%
 import dataclasses
 
-from nurion_utils.storage import SharedStore, Storage, Workload, simulate, draw
-from nurion_utils import storage
+from nurion_utils.storage import EmulatedFileSystem, ParallelFileSystem, Workload, draw, simulate, summarise
 
-lustre = Storage.of_site("local", "shared")
+lustre = ParallelFileSystem.of_site("local", "shared")
 print(f"bandwidth of all targets: {lustre.bandwidth_gb_per_s * 1e3:.0f} MB/s")
 dataclasses.asdict(lustre)
 
@@ -96,8 +95,8 @@ directory = Path(tempfile.mkdtemp(prefix="staging-"))
 # **Predict:** how long does one reader wait for a file of 3 MB that lies on one target?
 
 # %%
-with SharedStore(directory / "one", lustre) as store:
-    client = store.client()
+with EmulatedFileSystem(directory / "one", lustre) as running:
+    client = running.client()
     begin = time.perf_counter()
     data = client.read("sample")
     alone_s = time.perf_counter() - begin
@@ -110,9 +109,9 @@ print(f"{len(data) / 1e6:.0f} MB in {alone_s * 1e3:.0f} ms: {len(data) / alone_s
 
 # %%
 burst = Workload(readers=16, steps=1, files_per_step=1, file_bytes=10**6, compute_s=0.0)
-with SharedStore(directory / "one", lustre) as store:
-    waited = store.run(burst, world)
-    log = store.log()
+with EmulatedFileSystem(directory / "one", lustre) as running:
+    waited = running.run(burst, world)
+    log = running.log()
 files_on_target = log[log["target"] >= 0].groupby("target").size()
 print(f"files on the four targets: {files_on_target.tolist()}")
 print(f"the last reader has its file after {waited['ready_s'].max() * 1e3:.0f} ms")
@@ -144,15 +143,16 @@ pd.DataFrame(rows, columns=["files", "targets", "mean", "hottest, 1000 draws", "
 # **Predict:** twice as many readers, each with a file of 1 MB per step: how does the throughput of all together grow? And where will it end, by the formula?
 
 # %%
+load = timing.OtherLoad()
 rows = []
-with SharedStore(directory / "one", lustre) as store:
+with EmulatedFileSystem(directory / "one", lustre) as running:
     for readers in reader_counts:
         for seed in range(2):
             workload = Workload(readers, steps=3, files_per_step=1, file_bytes=10**6, compute_s=0.0, seed=seed)
-            for kind, table in (("measured", store.run(workload, world)), ("simulated", simulate(lustre, workload))):
-                gb_per_s = storage.summarise(table, workload)["throughput_gb_per_s"]
-                rows.append((readers, seed, kind, gb_per_s))
+            for kind, table in (("measured", running.run(workload, world)), ("simulated", simulate(lustre, workload))):
+                rows.append((readers, seed, kind, summarise(table, workload)["throughput_gb_per_s"]))
 choking = pd.DataFrame(rows, columns=["readers", "seed", "kind", "throughput_gb_per_s"])
+choking_others = load.cores()
 
 # %% alt="Throughput against the number of readers, on a logarithmic axis. Measured and simulated points lie on each other: they rise from somewhat below 30 megabytes per second with one reader, quickly at first and then little, and stay well below the dotted ceiling of 120 megabytes per second."
 figure = draw.throughput(choking, lustre)
@@ -160,24 +160,25 @@ figure = draw.throughput(choking, lustre)
 # %% [markdown]
 # (Points are medians of two draws of targets, bars their range.) The full 120 MB/s is not reached, because some target has nothing to do while another is still busy. It would be for very many readers, when the hottest target has little more than the others. Until then, doubling the readers mostly doubles everyone's waiting.
 #
-# The second curve is from `simulate`: the same queues, worked out instead of waited for. It takes milliseconds where the store takes seconds, and it may have 8192 readers. How far does it agree with the readers that really waited?
+# The second curve is from `simulate`: the same queues, worked out instead of waited for. It takes milliseconds where the readers take seconds, and it may have 8192 readers. How far does it agree with the readers that really waited?
 
 # %%
 both = choking.pivot(index=["readers", "seed"], columns="kind", values="throughput_gb_per_s")
 deviation = both["simulated"] / both["measured"] - 1
 print(f"simulated against measured: {100 * deviation.median():+.1f} % in the median, {100 * deviation.abs().max():.1f} % at most")
+print(f"(other programs took {choking_others:.1f} of this machine's cores meanwhile, and delayed readers)")
 
 # %% [markdown]
-# Within a few per cent. That says that `simulate` does its sums right, no more: both follow the same picture of a Lustre, and whether a real one follows it is another question, to which we come with the published figures.
+# Within a few per cent, if other programs leave the cores alone. That says that `simulate` does its sums right, no more: both follow the same picture of a Lustre, and whether a real one follows it is another question, to which we come with the published figures.
 #
-# ### Until somebody loses patience
+# ### Timeouts
 #
-# 64 readers at once, 4 MB each. The readers of our stand-in give up when a request has waited for 2 s. **Predict:** does the job survive?
+# 64 readers at once, 4 MB each. Our readers give up when a request has waited for 2 s. **Predict:** does the job survive?
 
 # %%
 too_much = Workload(readers=64, steps=1, files_per_step=1, file_bytes=4 * 10**6, compute_s=0.0)
-with SharedStore(directory / "one", lustre) as store:
-    gave_up = store.run(too_much, world)
+with EmulatedFileSystem(directory / "one", lustre) as running:
+    gave_up = running.run(too_much, world)
 first = gave_up[gave_up["failed"]].iloc[0]
 print(f"after {first['end_s']:.2f} s reader {first['reader']:.0f} gives up waiting for target {first['target']:.0f}")
 print(f"files on each target: {np.bincount(too_much.first_targets(lustre).ravel()).tolist()}")
@@ -195,10 +196,10 @@ def read_all(client, files: list) -> int:
         return sum(map(len, pool.map(client.read, files)))
 
 
-with SharedStore(directory / "one", lustre) as store:
-    store.place({"sample": 0})
+with EmulatedFileSystem(directory / "one", lustre) as running:
+    running.place({"sample": 0})
     try:
-        world.run(read_all, store.client(), ["sample"] * 40)
+        world.run(read_all, running.client(), ["sample"] * 40)
     except ranks.RankError as error:
         read_error = str(error).splitlines()[0]
         print(read_error)
@@ -241,12 +242,14 @@ plan = staging.plan(data_set, directory / "buffer" / "volumes", ranks=n_ranks)
 print(plan)
 
 # %% [markdown]
-# A burst buffer is shared, so each file has to be copied once. Disks inside the nodes are not: every node needs everything. **Predict:** 1024 nodes, a data set of 1 TB, Lustre at 300 GB/s, network links of 12.3 GB/s (Nurion's), disks that write 2 GB/s. How long does it take if every node reads everything from Lustre? And if each reads a 1024th part and passes it on to its neighbour?
+# A burst buffer is shared, so each file has to be copied once. Disks inside the nodes are not: every node needs everything. **Predict:** 1024 nodes, a data set of 1 TB, Lustre at 300 GB/s, network links of 12.3 GB/s (both are Nurion's), disks that write 2 GB/s. How long does it take if every node reads everything from Lustre? And if each reads a 1024th part and passes it on to its neighbour?
 
 # %%
 terabyte = staging.StagePlan.of_sizes([250_000_000] * 4000, ranks=1024, everyone=True)
-everyone_reads_s = 1024 * terabyte.bytes / 1e9 / 300
-passed_on_s = terabyte.time(source_gb_per_s=300, link_gb_per_s=12.3, destination_gb_per_s_per_rank=2.0)
+nurion = sites.load("nurion")
+lustre_gb_per_s, link_gb_per_s = nurion.file_systems["scratch"].bandwidth_gb_per_s, nurion.fabric.link_gb_per_s
+everyone_reads_s = 1024 * terabyte.bytes / 1e9 / lustre_gb_per_s
+passed_on_s = terabyte.time(lustre_gb_per_s, link_gb_per_s, destination_gb_per_s_per_rank=2.0)
 print(f"everyone reads everything: {everyone_reads_s / 60:.0f} min; passed on: {passed_on_s / 60:.1f} min")
 terabyte.table().head(3)
 
@@ -349,58 +352,63 @@ for a, b in ((source, source / "copy"), (source, copy), (directory / "nowhere", 
 # %% [markdown]
 # ## Train from both
 #
-# The same volumes lie on the "Lustre" and, staged, in a "burst buffer", a second stand-in. As on Nurion it has 8/3 of the bandwidth, and it spreads every file over all its servers.
+# The same volumes lie on the "Lustre" and, staged, in a "burst buffer", emulated too. As on Nurion it has 8/3 of the bandwidth, and it spreads every file over all its servers.
 
 # %%
-buffer = Storage.of_site("local", "burst_buffer")
+buffer = ParallelFileSystem.of_site("local", "burst_buffer")
 print(f"Lustre:       {lustre.targets} targets, together {lustre.bandwidth_gb_per_s * 1e3:.0f} MB/s, a file on {lustre.stripe_count}")
 print(f"burst buffer: {buffer.targets} servers, together {buffer.bandwidth_gb_per_s * 1e3:.0f} MB/s, a file on {buffer.stripe_count}")
 
 # %% [markdown]
-# `pipeline.dataset` reads with `tf.data`; each file waits for its store before it is opened. **Predict:** what will differ between the two trainings, the time of an epoch, the loss, or both?
+# `pipeline.dataset` reads with `tf.data`; each file is opened when its turn has come. Two networks that are equal at the start are trained, one from each, an epoch of one and an epoch of the other in turn: so both meet the same machine, whatever else it has to do. **Predict:** what will differ between the two, the time of an epoch, the loss, or both?
 
 
 # %%
-def train(files: list, client, size: int, epochs: int) -> dict:
-    """Train CosmoFlow's small sister; returns the loss and the seconds of every epoch."""
+def train(sources: dict, size: int, epochs: int) -> list:
+    """Train CosmoFlow's small sister from each source in turn; a row for each epoch and source."""
     import time
 
     import horovod.tensorflow as hvd
     import keras
 
+    from nurion_utils import timing
     from nurion_utils.datasets import pipeline
     from nurion_utils.training import BroadcastCallback, DistributedOptimizer, MetricAverageCallback, models
 
     hvd.init()
-    keras.utils.set_random_seed(0)
-    mine = files[hvd.rank() :: hvd.size()]
-    data = pipeline.dataset(mine, client, batch_size=4, epochs=None)
-    steps = 16 * len(mine) // 4
-    network = models.cosmoflow_small(size)
-    network.compile(DistributedOptimizer(keras.optimizers.Adam(1e-3)), "mse", jit_compile=False)
-    ends = []
-    clock = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: ends.append(time.perf_counter()))
-    callbacks = [BroadcastCallback(), MetricAverageCallback(), clock]
-    history = network.fit(data, steps_per_epoch=steps, epochs=epochs, callbacks=callbacks, verbose=0)
-    return {"loss": history.history["loss"], "epoch_s": np.diff(ends).tolist()}
+    networks, data, steps, rows = {}, {}, {}, []
+    for name, (files, client) in sources.items():
+        keras.utils.set_random_seed(0)
+        mine = files[hvd.rank() :: hvd.size()]
+        data[name], steps[name] = pipeline.dataset(mine, client, batch_size=4, epochs=None), 16 * len(mine) // 4
+        networks[name] = models.cosmoflow_small(size)
+        networks[name].compile(DistributedOptimizer(keras.optimizers.Adam(1e-3)), "mse", jit_compile=False)
+    for epoch, name in timing.turns(list(sources), epochs):
+        begin = time.perf_counter()
+        callbacks = [BroadcastCallback(), MetricAverageCallback()]
+        history = networks[name].fit(data[name], steps_per_epoch=steps[name], epochs=1, callbacks=callbacks, verbose=0)
+        time_s = time.perf_counter() - begin
+        rows.append({"epoch": epoch, "storage": name, "loss": history.history["loss"][-1], "time_s": time_s})
+    return rows
 
 
 folders = {"Lustre": data_set, "burst buffer": directory / "buffer" / "volumes"}
-trained = {}
-with SharedStore(folders["Lustre"], lustre) as slow, SharedStore(folders["burst buffer"], buffer) as fast:
-    for name, store in {"Lustre": slow, "burst buffer": fast}.items():
-        files = sorted(map(str, (folders[name] / "few").glob("*.tfrecord")))
-        trained[name] = world.run(train, files, store.client(), volume_size, epochs)[0]
-result = pd.DataFrame(
-    {
-        "loss of the last epoch": {name: of["loss"][-1] for name, of in trained.items()},
-        "time of an epoch, s": {name: np.median(of["epoch_s"]) for name, of in trained.items()},
+load = timing.OtherLoad()
+with EmulatedFileSystem(folders["Lustre"], lustre) as slow, EmulatedFileSystem(folders["burst buffer"], buffer) as fast:
+    readers = {
+        name: (sorted(map(str, (folders[name] / "few").glob("*.tfrecord"))), emulated.client())
+        for name, emulated in {"Lustre": slow, "burst buffer": fast}.items()
     }
-)
+    trained = pd.DataFrame(world.run(train, readers, volume_size, epochs)[0])
+counted = trained[trained["epoch"] > 0].pivot(index="epoch", columns="storage", values=["loss", "time_s"])
+times = counted["time_s"]
+times_of_lustre = timing.Comparison(tuple(times["Lustre"] / times["burst buffer"]), load.cores())
+result = pd.DataFrame({"loss of the last epoch": counted["loss"].iloc[-1], "time of an epoch, s": times.median()})
+print(f"time of an epoch from Lustre over that from the burst buffer: {times_of_lustre}")
 result.style.format("{:.3f}")
 
 # %% [markdown]
-# The same numbers were learned from, in the same order: the loss is the same to the last digit shown, and only the time differs. That is what staging has to be: invisible but for the clock.
+# The same numbers were learned from, in the same order: the loss is the same to the last digit shown, and only the time differs. That is what staging has to be: invisible but for the clock. (The ratio above is of neighbouring epochs. Where other programs are busy, it may be too noisy to tell, and says so.)
 #
 # ## How well is the accelerator used?
 #
@@ -418,22 +426,24 @@ settings = {
     "+ 4 files at once": {"batch_size": 8, "prefetch": 2, "cycle_length": 4},
     "+ kept in memory": {"batch_size": 8, "prefetch": 2, "cycle_length": 4, "cache": True},
 }
-with SharedStore(folders["Lustre"], lustre) as slow, SharedStore(folders["burst buffer"], buffer) as fast:
+load = timing.OtherLoad()
+with EmulatedFileSystem(folders["Lustre"], lustre) as slow, EmulatedFileSystem(folders["burst buffer"], buffer) as fast:
     sources = {
-        f"{name}, {layout} files": Source(folders[name] / layout, store.client())
-        for name, store in {"Lustre": slow, "burst buffer": fast}.items()
+        f"{name}, {layout} files": Source(folders[name] / layout, emulated.client())
+        for name, emulated in {"Lustre": slow, "burst buffer": fast}.items()
         for layout in ("many", "few")
     }
     observed = pipeline.measure(
         world, sources, settings, pipeline_steps, compute_s=0.03, repeats=pipeline_repeats, caches=["warm"]
     )
+pipeline_others = load.cores()
 utilisation = pipeline.accelerator_utilisation(observed)
 utilisation.groupby(["source", "setting"], sort=False)["accelerator_utilisation"].median().unstack().style.format("{:.0%}")
 
 # %% alt="Bars of accelerator utilisation for four sources and four settings of the input pipeline, with a dashed line at the 70 per cent of MLPerf Storage. Lustre is lowest on demand and stays below the burst buffer in every setting with few large files. With many small files the two storages come close to each other once several files are read at once."
 figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
-looks = {"on demand": ("#DDDDDD", ""), "2 batches ahead": ("#56B4E9", "//")}
-looks |= {"+ 4 files at once": ("#0072B2", ""), "+ kept in memory": ("#E69F00", "xx")}
+looks = {"on demand": (style.GREY, ""), "2 batches ahead": (style.SKY, "//")}
+looks |= {"+ 4 files at once": (style.BLUE, ""), "+ kept in memory": (style.ORANGE, "xx")}
 values = utilisation.groupby(["source", "setting"])["accelerator_utilisation"].agg(["median", "min", "max"]) * 100
 for i, (setting, (colour, hatch)) in enumerate(looks.items()):
     of_setting = values.xs(setting, level="setting").loc[list(sources)]
@@ -445,7 +455,7 @@ axis.axhline(least, color="black", ls="--", lw=1)
 axis.annotate("CosmoFlow passes", (0, least + 1), xycoords=("axes fraction", "data"), fontsize=8)
 axis.set_xticks(range(len(sources)), sources)
 axis.set(ylabel="accelerator utilisation, %", ylim=(0, 100))
-figure.legend(loc="outside upper center", ncols=4, frameon=False)
+style.legend_above(figure, 4)
 plt.show()
 
 # %% [markdown]
@@ -477,7 +487,7 @@ node_counts = [2**k for k in range(6, 14)]
 begin = time.perf_counter()
 scaling = cases.scaling(cori, node_counts)
 print(f"{len(scaling)} simulated epochs in {time.perf_counter() - begin:.1f} s")
-scaling[scaling["nodes"].isin([1024, 8192])].drop(columns="failed_at").round(3)
+scaling[scaling["nodes"].isin([1024, 8192])].round(3)
 
 # %% alt="Time of an epoch against nodes, both logarithmic, simulated for Cori's Lustre with 248 and with 64 targets, each as described and as measured later, and for its burst buffer. All lie on one falling line up to about 1000 nodes; then the Lustres with 64 targets flatten, first the slower one; with 248 slower targets the line flattens at 4096, and the burst buffer goes on to 8192. A vertical dotted line marks the 1024 nodes that Lustre could not pass; a star marks the published step time at 8192 nodes, above the burst buffer's curve because it includes communication."
 figure = draw.epochs(scaling, published)
@@ -689,18 +699,30 @@ world.stop()
 shutil.rmtree(directory)
 
 # %%
+def hold_unless_busy(holds: bool, others_cores: float, claim: str) -> None:
+    """Claims about times need a machine that is ours: where it was not and they do not hold, that is said."""
+    if others_cores > 0.5 and not holds:
+        print(f"too noisy to tell whether {claim}, because {others_cores:.1f} cores were taken by others")
+    else:
+        assert holds, claim
+
+
 assert limits.loc[("nurion", "Lustre"), "nodes of CosmoFlow fed"] == 4838
 assert limits.loc[("nurion", "burst buffer"), "nodes of CosmoFlow fed"] == 12903
 assert waited["ready_s"].max() > 1.2 * 16e6 / (lustre.bandwidth_gb_per_s * 1e9)  # the hottest target, not the mean
-assert both["measured"].max() < 1.05 * lustre.bandwidth_gb_per_s and abs(deviation.median()) < 0.15
+assert both["measured"].max() < 1.05 * lustre.bandwidth_gb_per_s
+hold_unless_busy(abs(deviation.median()) < 0.15, choking_others, "simulated and measured throughput agree")
 assert gave_up["failed"].any() and "did not answer within 2 s" in read_error
 assert whole > 0 and resumed.files == 1500 and verified.verified
 assert len(refusals) == 3 and len(guarded) == 2
-assert abs(trained["Lustre"]["loss"][-1] - trained["burst buffer"]["loss"][-1]) < 1e-5
-assert result.loc["Lustre", "time of an epoch, s"] > result.loc["burst buffer", "time of an epoch, s"]
+assert np.ptp(counted["loss"].iloc[-1]) < 1e-5
+assert times_of_lustre.median > 1 or not times_of_lustre.clear
 median = utilisation.groupby(["source", "setting"])["accelerator_utilisation"].median()
-assert median["burst buffer, few files", "on demand"] > median["Lustre, few files", "on demand"]
-assert median["burst buffer, few files", "2 batches ahead"] > median["burst buffer, many files", "2 batches ahead"]
+few, many = median["burst buffer, few files"], median["burst buffer, many files"]
+faster = few["on demand"] > median["Lustre, few files", "on demand"]
+hold_unless_busy(faster, pipeline_others, "on demand, few files are read faster from the burst buffer")
+fewer = few["2 batches ahead"] > many["2 batches ahead"]
+hold_unless_busy(fewer, pipeline_others, "few files are read faster than many")
 assert 512 <= ends.loc["Lustre, 64 targets as measured", "simulated"] <= 2048
 assert scaling.set_index(["storage", "nodes"]).loc[("burst buffer", 8192), "efficiency"] > 0.99
 outcome = sweep.set_index(["storage", "batch_per_node"])["outcome"]

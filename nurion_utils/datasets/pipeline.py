@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from nurion_utils.ranks import World
-    from nurion_utils.storage.emulate import StoreClient
+    from nurion_utils.storage import FileSystemClient
 
 # The least accelerator utilisation with which a storage system passes (MLPerf Storage's rules).
 MINIMUM_UTILISATION = {"U-Net3D": 0.9, "ResNet-50": 0.9, "CosmoFlow": 0.7}
@@ -44,11 +44,11 @@ class Source:
     directory
         Where the files are.
     client
-        None to read them as they are; the client of a `SharedStore` over them to wait for its targets first.
+        None to read them as they are; the client of an `EmulatedFileSystem` over them to wait for its targets first.
     """
 
     directory: str | os.PathLike[str]
-    client: StoreClient | None = None
+    client: FileSystemClient | None = None
 
     def files(self) -> list[str]:
         """The TFRecord files, in the order of their names; ValueError if there are none."""
@@ -62,7 +62,7 @@ class Source:
 
 def dataset(
     files: Sequence[str | os.PathLike[str]],
-    client: StoreClient | None = None,
+    client: FileSystemClient | None = None,
     *,
     cycle_length: int = 1,
     prefetch: int = 0,
@@ -240,7 +240,7 @@ def observe(comm: MPI.Comm, contenders: Sequence[tuple], steps: int, compute_s: 
             key["resident"] = resident(mine)
             comm.Barrier()
             if client is not None:
-                client._ask({"idle": True})  # what the contender before read ahead is not this one's
+                client.wait_until_idle()  # what the contender before read ahead is not this one's
             comm.Barrier()
             for step in range(steps):
                 failure, begin_s = None, time.perf_counter()

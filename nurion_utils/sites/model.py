@@ -133,9 +133,10 @@ class FileSystem(Part):
     path: str
     kind: str
     bandwidth_gb_per_s: float = Field(gt=0)
+    bandwidth_measured_gb_per_s: float | None = Field(None, gt=0)
     capacity_pb: float | None = Field(None, gt=0)
     targets: int | None = Field(None, gt=0)
-    metadata_per_s: float | None = Field(None, gt=0)
+    metadata_ops_per_s: float | None = Field(None, gt=0)
     stripe_count: int | None = Field(None, gt=0)
     stripe_mib: float | None = Field(None, gt=0)
     timeout_s: float | None = Field(None, gt=0)
@@ -156,7 +157,7 @@ class BurstBuffer(Part):
     bandwidth_gb_per_s: float | None = Field(None, gt=0)
     servers: int | None = Field(None, gt=0)
     server_gb_per_s: float | None = Field(None, gt=0)
-    metadata_per_s: float | None = Field(None, gt=0)
+    metadata_ops_per_s: float | None = Field(None, gt=0)
     stripe_count: int | None = Field(None, gt=0)
     stripe_mib: float | None = Field(None, gt=0)
     timeout_s: float | None = Field(None, gt=0)

@@ -1,10 +1,8 @@
 from . import cases as cases
 from . import draw as draw
-from . import emulate as emulate
-from . import model as model
-from .emulate import SharedStore as SharedStore
-from .model import METADATA as METADATA
-from .model import Storage as Storage
+from .client import FileSystemClient as FileSystemClient
+from .emulate import EmulatedFileSystem as EmulatedFileSystem
+from .model import ParallelFileSystem as ParallelFileSystem
 from .model import Workload as Workload
-from .model import simulate as simulate
-from .model import summarise as summarise
+from .simulation import simulate as simulate
+from .simulation import summarise as summarise

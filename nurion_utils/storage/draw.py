@@ -1,4 +1,4 @@
-"""Pictures of shared file systems and of the published cases; every function takes a table and returns a figure."""
+"""Pictures of parallel file systems and of the published cases; every function takes a table and returns a figure."""
 
 from __future__ import annotations
 
@@ -7,22 +7,31 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nurion_utils._checks import require_columns
-from nurion_utils.storage.model import METADATA, Storage
+from nurion_utils.storage.model import METADATA, ParallelFileSystem
+from nurion_utils.style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, VERMILION, legend_above, log2_axis
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-BLUE, VERMILION, GREEN, ORANGE, PINK = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7"
 # Told apart without colour too.
-STYLES = [(BLUE, "-", "o"), (VERMILION, "--", "s"), (GREEN, "-.", "^"), (ORANGE, ":", "D"), (PINK, (0, (5, 1)), "v")]
+LINES = [
+    {"color": colour, "ls": dash, "marker": marker, "ms": 5}
+    for colour, dash, marker in zip(
+        (BLUE, VERMILION, GREEN, ORANGE, PINK), ("-", "--", "-.", ":", (0, (5, 1))), "os^Dv", strict=True
+    )
+]
 OUTCOMES = {
-    "runs": (BLUE, "o"),
-    "read timed out": (VERMILION, "X"),
-    "dies": (ORANGE, "P"),
-    "out of memory": ("black", "s"),
+    "runs": {"color": BLUE, "marker": "o"},
+    "read timed out": {"color": VERMILION, "marker": "X"},
+    "dies": {"color": ORANGE, "marker": "P"},
+    "out of memory": {"color": BLACK, "marker": "s"},
 }
-BAND = {"both run": (BLUE, ""), "the larger fails": (ORANGE, "//"), "both fail": ("#BBBBBB", "..")}
+BAND = {
+    "both run": {"fc": BLUE, "hatch": "", "ec": "white"},
+    "the larger fails": {"fc": ORANGE, "hatch": "//", "ec": "white"},
+    "both fail": {"fc": GREY, "hatch": "..", "ec": "white"},
+}
 MOST_REQUESTS = 3000
 
 
@@ -32,7 +41,7 @@ def queues(log: pd.DataFrame, most_rows: int = 40) -> Figure:
     Parameters
     ----------
     log
-        Of `SharedStore.log`, or the part of it that is of interest; up to 3,000 requests.
+        Of `EmulatedFileSystem.log`, or the part of it that is of interest; up to 3,000 requests.
     most_rows
         Requests are drawn below each other, and begin again at the top after so many.
     """
@@ -42,11 +51,9 @@ def queues(log: pd.DataFrame, most_rows: int = 40) -> Figure:
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    targets = sorted(log["target"].unique())
-    origin_s = log["queued_s"].min()
-    figure, axes = plt.subplots(
-        len(targets), 1, figsize=(8, 1.1 * len(targets) + 0.9), sharex=True, layout="constrained", squeeze=False
-    )
+    targets, origin_s = sorted(log["target"].unique()), log["queued_s"].min()
+    size = (8, 1.1 * len(targets) + 0.9)
+    figure, axes = plt.subplots(len(targets), figsize=size, sharex=True, layout="constrained", squeeze=False)
     for axis, target in zip(axes.flat, targets, strict=True):
         rows = log[log["target"] == target]
         y = np.arange(len(rows)) % most_rows
@@ -62,11 +69,11 @@ def queues(log: pd.DataFrame, most_rows: int = 40) -> Figure:
     kinds = [Patch(fc="#CCCCCC", label="waits its turn"), Patch(fc=BLUE, label="is served")]
     if log["failed"].any():
         kinds.append(plt.Line2D([], [], ls="", marker="x", color=VERMILION, label="times out"))
-    figure.legend(handles=kinds, loc="outside upper center", ncols=3, frameon=False)
+    legend_above(figure, 3, handles=kinds)
     return figure
 
 
-def throughput(table: pd.DataFrame, storage: Storage) -> Figure:
+def throughput(table: pd.DataFrame, system: ParallelFileSystem) -> Figure:
     """Throughput against readers, with the bandwidth of all targets together as the ceiling.
 
     Parameters
@@ -79,19 +86,17 @@ def throughput(table: pd.DataFrame, storage: Storage) -> Figure:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    for (kind, rows), (colour, dash, marker) in zip(table.groupby("kind", sort=False), STYLES, strict=False):
+    for (kind, rows), line in zip(table.groupby("kind", sort=False), LINES, strict=False):
         mb_per_s = rows.groupby("readers")["throughput_gb_per_s"].agg(["median", "min", "max"]) * 1e3
         spread = [mb_per_s["median"] - mb_per_s["min"], mb_per_s["max"] - mb_per_s["median"]]
-        axis.errorbar(
-            mb_per_s.index, mb_per_s["median"], spread, color=colour, ls=dash, marker=marker, capsize=3, label=kind
-        )
-    axis.axhline(storage.bandwidth_gb_per_s * 1e3, color="black", lw=1, ls=(0, (1, 1)))
-    label = f"{storage.targets} targets of {storage.target_mb_per_s:g} MB/s"
-    axis.annotate(label, (0.01, storage.bandwidth_gb_per_s * 1e3), xycoords=("axes fraction", "data"), va="bottom")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(sorted(table["readers"].unique()), sorted(table["readers"].unique()))
+        axis.errorbar(mb_per_s.index, mb_per_s["median"], spread, capsize=3, label=kind, **line)
+    ceiling = system.bandwidth_gb_per_s * 1e3
+    axis.axhline(ceiling, color=BLACK, lw=1, ls=(0, (1, 1)))
+    label = f"{system.targets} targets of {system.target_mb_per_s:g} MB/s"
+    axis.annotate(label, (0.01, ceiling), xycoords=("axes fraction", "data"), va="bottom")
+    log2_axis(axis, table["readers"])
     axis.set(xlabel="readers", ylabel="throughput, MB/s")
-    axis.set_ylim(0, max(storage.bandwidth_gb_per_s, table["throughput_gb_per_s"].max()) * 1.15e3)
+    axis.set_ylim(0, max(ceiling, 1e3 * table["throughput_gb_per_s"].max()) * 1.15)
     axis.legend(loc="lower right")
     return figure
 
@@ -107,37 +112,26 @@ def epochs(table: pd.DataFrame, published: pd.DataFrame) -> Figure:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for (name, rows), (colour, dash, marker) in zip(table.groupby("storage", sort=False), STYLES, strict=False):
-        axis.plot(
-            rows["nodes"], rows["epoch_s"], color=colour, ls=dash, marker=marker, ms=5, label=f"{name} (simulated)"
-        )
+    for (name, rows), line in zip(table.groupby("storage", sort=False), LINES, strict=False):
+        axis.plot(rows["nodes"], rows["epoch_s"], label=f"{name} (simulated)", **line)
     samples = (table["epoch_s"] * table["nodes"] / table["step_s"]).median()
     cosmoflow = published[published["case"] == "CosmoFlow"]
     steps = cosmoflow[(cosmoflow["quantity"] == "step time") & (cosmoflow["nodes"] >= table["nodes"].min())]
-    axis.plot(
-        *(steps["nodes"], steps["value"] * samples / steps["nodes"]),
-        **{
-            "ls": "",
-            "marker": "*",
-            "ms": 14,
-            "mfc": "white",
-            "mec": "black",
-            "label": "published, communication included",
-        },
-    )
+    star = {"ls": "", "marker": "*", "ms": 14, "mfc": "white", "mec": BLACK}
+    epoch_s = steps["value"] * samples / steps["nodes"]
+    axis.plot(steps["nodes"], epoch_s, label="published, communication included", **star)
     for row in cosmoflow[(cosmoflow["quantity"] == "largest job") & (cosmoflow["outcome"] != "runs")].itertuples():
-        axis.axvline(row.value, color="black", lw=1, ls=(0, (1, 2)))
+        axis.axvline(row.value, color=BLACK, lw=1, ls=(0, (1, 2)))
         words, place = f"{row.storage} could not \ngo past {row.value:g} ", {"ha": "right", "va": "top", "fontsize": 9}
         axis.text(row.value, 0.97, words, transform=axis.get_xaxis_transform(), **place)
-    axis.set(xscale="log", yscale="log", xlabel="nodes", ylabel=f"epoch of {samples:,.0f} samples, s")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(sorted(table["nodes"].unique()), sorted(table["nodes"].unique()), rotation=45)
+    log2_axis(axis, table["nodes"])
+    axis.set(yscale="log", xlabel="nodes", ylabel=f"epoch of {samples:,.0f} samples, s")
     axis.legend(loc="lower left", fontsize=9)
     return figure
 
 
 def batches(table: pd.DataFrame, published: pd.DataFrame) -> Figure:
-    """What becomes of each batch per node on each storage, of `cases.batch_sweep`, above what was published."""
+    """What becomes of each batch per node on each file system, of `cases.batch_sweep`, above what was published."""
     _require(table, ["storage", "batch_per_node", "outcome"])
     _require(published, ["case", "storage", "batch_per_node", "outcome"])
     import matplotlib.pyplot as plt
@@ -148,55 +142,39 @@ def batches(table: pd.DataFrame, published: pd.DataFrame) -> Figure:
     figure, axis = plt.subplots(figsize=(8, 0.45 * len(lines) + 1.6), layout="constrained")
     for y, (_, rows) in enumerate(lines):
         for batch, outcome in zip(rows["batch_per_node"], rows["outcome"], strict=True):
-            colour, marker = OUTCOMES[outcome]
-            axis.plot(batch, y, ls="", color=colour, marker=marker, ms=11)
-    axis.set_xscale("log", base=2)
-    ticks = sorted({int(batch) for _, rows in lines for batch in rows["batch_per_node"]})
-    axis.set_xticks(ticks, ticks)
+            axis.plot(batch, y, ls="", ms=11, **OUTCOMES[outcome])
+    log2_axis(axis, [batch for _, rows in lines for batch in rows["batch_per_node"]])
     axis.set_yticks(range(len(lines)), [name for name, _ in lines])
     axis.set(xlabel="images per node and step", ylim=(len(lines) - 0.5, -0.5))
-    axis.axhline(table["storage"].nunique() - 0.5, color="black", lw=0.6)
-    for outcome, (colour, marker) in OUTCOMES.items():
-        axis.plot([], [], ls="", color=colour, marker=marker, ms=9, label=outcome)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    axis.axhline(table["storage"].nunique() - 0.5, color=BLACK, lw=0.6)
+    handles = [plt.Line2D([], [], ls="", ms=9, label=outcome, **look) for outcome, look in OUTCOMES.items()]
+    legend_above(figure, 4, handles=handles)
     return figure
 
 
 def timeouts(table: pd.DataFrame) -> Figure:
     """Of `cases.timeout_map`: a panel for each timeout, and in it the band of settings that tell two batches apart."""
-    _require(table, ["burst_depth", "metadata_per_s", "timeout_s", "outcome"])
+    _require(table, ["burst_depth", "metadata_ops_per_s", "timeout_s", "outcome"])
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    timeouts_s = sorted(table["timeout_s"].unique())
-    figure, axes = plt.subplots(
-        1, len(timeouts_s), figsize=(3 * len(timeouts_s) + 1, 4), sharey=True, layout="constrained", squeeze=False
-    )
-    for axis, timeout_s in zip(axes.flat, timeouts_s, strict=True):
-        rows = table[table["timeout_s"] == timeout_s]
-        depths, rates = sorted(rows["burst_depth"].unique()), np.sort(rows["metadata_per_s"].unique())
-        edges = _edges(rates)
-        height = dict(zip(rates, zip(edges[:-1], edges[1:], strict=True), strict=True))
-        for outcome, (colour, hatch) in BAND.items():
+    panels, size = table.groupby("timeout_s"), (3 * table["timeout_s"].nunique() + 1, 4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    for axis, (timeout_s, rows) in zip(axes.flat, panels, strict=True):
+        depths, rates = sorted(rows["burst_depth"].unique()), np.sort(rows["metadata_ops_per_s"].unique())
+        middles = np.sqrt(rates[:-1] * rates[1:])  # half-way between neighbours on a logarithmic axis
+        edges = np.concatenate([[rates[0] ** 2 / middles[0]], middles, [rates[-1] ** 2 / middles[-1]]])
+        for outcome, look in BAND.items():
             cells = rows[rows["outcome"] == outcome]
-            low, high = (np.array([height[rate][i] for rate in cells["metadata_per_s"]]) for i in (0, 1))
-            x = [depths.index(depth) for depth in cells["burst_depth"]]
-            axis.bar(x, high - low, bottom=low, width=1, color=colour, hatch=hatch, ec="white", lw=0, alpha=0.85)
-        axis.set_yscale("log")
-        axis.set(xlabel="batches opened at once", title=f"timeout {timeout_s:g} s", ylim=(edges[0], edges[-1]))
+            at = np.searchsorted(rates, cells["metadata_ops_per_s"])
+            x = np.searchsorted(depths, cells["burst_depth"])
+            axis.bar(x, edges[at + 1] - edges[at], bottom=edges[at], width=1, lw=0, alpha=0.85, **look)
+        axis.set(yscale="log", xlabel="batches opened at once", title=f"timeout {timeout_s:g} s")
+        axis.set_ylim(edges[0], edges[-1])
         axis.set_xticks(range(len(depths)), depths)
     axes[0, 0].set_ylabel("opens per second")
-    kinds = [Patch(fc=colour, hatch=hatch, ec="white", label=name) for name, (colour, hatch) in BAND.items()]
-    figure.legend(handles=kinds, loc="outside upper center", ncols=3, frameon=False)
+    legend_above(figure, 3, handles=[Patch(label=outcome, **look) for outcome, look in BAND.items()])
     return figure
-
-
-def _edges(values: np.ndarray) -> np.ndarray:
-    """Borders half-way between neighbours on a logarithmic axis."""
-    logs = np.log(values)
-    middles = (logs[:-1] + logs[1:]) / 2 if len(logs) > 1 else np.array([])
-    step = np.diff(logs).mean() / 2 if len(logs) > 1 else 0.1
-    return np.exp(np.concatenate([[logs[0] - step], middles, [logs[-1] + step]]))
 
 
 def break_even(table: pd.DataFrame, epochs: int = 10) -> Figure:
@@ -207,24 +185,21 @@ def break_even(table: pd.DataFrame, epochs: int = 10) -> Figure:
     _require(table, ["nodes", "data_tb", "stage_s", "epoch_slow_s", "epoch_fast_s", "epochs"])
     import matplotlib.pyplot as plt
 
-    rows = table[table["data_tb"] == table["data_tb"].max()]
-    figure, axes = plt.subplots(
-        1, len(rows), figsize=(3.2 * len(rows), 3.6), sharey=True, layout="constrained", squeeze=False
-    )
-    at = np.array([0, epochs])
+    rows, at = table[table["data_tb"] == table["data_tb"].max()], np.array([0, epochs])
+    size = (3.2 * len(rows), 3.6)
+    figure, axes = plt.subplots(1, len(rows), figsize=size, sharey=True, layout="constrained", squeeze=False)
     for axis, row in zip(axes.flat, rows.itertuples(), strict=True):
         direct_s, staged_s = at * row.epoch_slow_s, row.stage_s + at * row.epoch_fast_s
         axis.plot(at, direct_s / 60, color=VERMILION, ls="--", lw=2, label="from the shared file system")
         axis.plot(at, staged_s / 60, color=BLUE, lw=2, label="staged first")
         if row.epochs <= epochs:
-            axis.plot(row.epochs, row.epochs * row.epoch_slow_s / 60, "o", color="black", mfc="white", ms=9)
-            title = f"pays after {np.ceil(row.epochs):.0f} epochs"
-        else:
-            title = "does not pay" if np.isinf(row.epochs) else f"pays after {np.ceil(row.epochs):,.0f} epochs"
-        axis.set(xlabel="epochs", title=f"{row.nodes:,} nodes: {title}", xlim=(0, epochs), ylim=(0, None))
-        axis.title.set_fontsize(10)
+            axis.plot(row.epochs, row.epochs * row.epoch_slow_s / 60, "o", color=BLACK, mfc="white", ms=9)
+        pays = "does not pay" if np.isinf(row.epochs) else f"pays after {np.ceil(row.epochs):,.0f} epochs"
+        axis.set(xlabel="epochs", xlim=(0, epochs), ylim=(0, None))
+        axis.set_title(f"{row.nodes:,} nodes: {pays}", fontsize=10)
     axes[0, 0].set_ylabel(f"time for {rows['data_tb'].iloc[0]:g} TB, min")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    legend_above(figure, 2, handles=handles, labels=labels)
     return figure
 
 

@@ -1,12 +1,12 @@
-"""The process that plays a shared file system: queues with a pace, for readers that connect to it.
+"""The process that plays a parallel file system: queues with a pace, for readers that connect to it.
 
-`SharedStore` starts this file with the standard library alone (``python -I -S``) and hands it a listening socket.
+`EmulatedFileSystem` starts it with the standard library alone (``python -I -S``) and hands it a listening socket.
 All queues are first come first served, and nobody reaches a target but through the one queue of the metadata
-server; so when a request arrives, the moments at which it will be served are already settled.  The server books
+server; so when a request arrives, the moments at which it will be served are already settled. The server books
 them on one clock for each queue, ``free = max(now, free) + service``, and answers when the last one has come.
 A timer that is late thus delays one answer, and never the queue.
 
-Its standard input is a socket that its owner holds open.  When that closes, or the owner ends (by SIGKILL too, or
+Its standard input is a socket that its owner holds open. When that closes, or the owner ends (by SIGKILL too, or
 while a forked child keeps the socket), the server removes its directory of backing files and ends.
 """
 
@@ -27,11 +27,11 @@ LONGEST_MESSAGE = 2**28
 MOST_LOGGED = 200_000
 
 
-class Store:
+class Server:
     def __init__(self, settings: dict) -> None:
         self.targets: int = settings["targets"]
         self.s_per_byte: float = 1 / settings["target_mb_per_s"] / 1e6
-        self.open_s: float = 1 / settings["metadata_per_s"]
+        self.open_s: float = 1 / settings["metadata_ops_per_s"]
         self.timeout_s: float = settings["timeout_s"]
         self.began_s = time.monotonic()
         self.free_s = [0.0] * (self.targets + 1)  # the last one is the metadata server: METADATA is -1
@@ -143,9 +143,9 @@ async def main(settings: dict) -> None:
         return  # it has ended already
     for descriptor in (owner, sys.stdin.fileno()):
         asyncio.get_running_loop().add_reader(descriptor, over.set)
-    store = Store(settings)
+    server = Server(settings)
     listener = socket.socket(fileno=settings["listener"])
-    async with await asyncio.start_unix_server(store.serve, sock=listener, limit=LONGEST_MESSAGE):
+    async with await asyncio.start_unix_server(server.serve, sock=listener, limit=LONGEST_MESSAGE):
         await over.wait()  # readers that still wait hear of the end by that of their connections
 
 

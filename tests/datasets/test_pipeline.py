@@ -18,13 +18,12 @@ from nurion_utils.datasets.pipeline import (
     resident,
 )
 from nurion_utils.ranks import RankError
-from nurion_utils.storage import Storage
-from nurion_utils.storage.emulate import SharedStore
+from nurion_utils.storage import EmulatedFileSystem, ParallelFileSystem
 
 SIZE, SAMPLES = 8, 24
-FAST = Storage(targets=4, target_mb_per_s=1000, metadata_per_s=10_000, timeout_s=20)
+FAST = ParallelFileSystem(targets=4, target_mb_per_s=1000, metadata_ops_per_s=10_000, timeout_s=20)
 # 20 ms for an open, which two ranks with a file each step make 40 ms a step: enough to be seen on any machine.
-SLOW = Storage(targets=4, target_mb_per_s=1000, metadata_per_s=50, timeout_s=20)
+SLOW = ParallelFileSystem(targets=4, target_mb_per_s=1000, metadata_ops_per_s=50, timeout_s=20)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,7 @@ def test_the_pipeline_reads_what_the_volumes_reader_reads(folder, layout):
 @pytest.mark.parametrize("setting", [{}, {"cycle_length": 3}, {"prefetch": 2}, {"cache": True}])
 def test_no_setting_loses_or_repeats_a_volume_and_timing_changes_no_order(folder, setting):
     files = Source(folder / "few").files()
-    with SharedStore(folder, FAST) as store:
+    with EmulatedFileSystem(folder, FAST) as store:
         first, again = (read(dataset(files, store.client(), batch_size=4, **setting))[1] for _ in range(2))
     np.testing.assert_array_equal(first, again)
     _, expected = volumes.Volumes(folder / "few").read(range(SAMPLES))
@@ -71,15 +70,15 @@ def test_volumes_that_fill_no_batch_are_left_out_of_each_epoch(folder):
 def test_each_file_is_waited_for_once_an_epoch_and_a_cache_waits_in_the_first_only(folder):
     files = Source(folder / "few").files()
     for cache, opens in [(False, 3 * len(files)), (True, len(files))]:
-        with SharedStore(folder, FAST) as store:
+        with EmulatedFileSystem(folder, FAST) as store:
             read(dataset(files, store.client(), cache=cache, epochs=3))
             log = store.log()
         assert (log["target"] == -1).sum() == opens
 
 
 def test_a_request_that_timed_out_ends_the_iteration_with_the_stores_message(folder):
-    impatient = Storage(targets=1, target_mb_per_s=1, metadata_per_s=20, timeout_s=0.01)
-    with SharedStore(folder, impatient) as store, pytest.raises(Exception, match="did not answer within 0.01 s"):
+    impatient = ParallelFileSystem(targets=1, target_mb_per_s=1, metadata_ops_per_s=20, timeout_s=0.01)
+    with EmulatedFileSystem(folder, impatient) as store, pytest.raises(Exception, match="did not answer within 0.01 s"):
         # Sixteen opens at once, of which the second is to wait for 50 ms.
         read(dataset(Source(folder / "many").files(), store.client(), cycle_length=16))
 
@@ -115,7 +114,7 @@ def test_that_a_tmpfs_cannot_forget_is_reported():
 
 
 def test_ranks_wait_for_the_slow_source_and_not_for_the_fast_one(world2, folder):
-    with SharedStore(folder, SLOW) as store:
+    with EmulatedFileSystem(folder, SLOW) as store:
         sources = {"Lustre": Source(folder / "many", store.client()), "burst buffer": Source(folder / "many")}
         table = measure(world2, sources, {"plain": {}}, steps=10, compute_s=0.02, repeats=2, caches=["warm"])
         log = store.log()
@@ -130,7 +129,7 @@ def test_ranks_wait_for_the_slow_source_and_not_for_the_fast_one(world2, folder)
 
 
 def test_reading_ahead_hides_reading_that_is_shorter_than_computing(world2, folder):
-    with SharedStore(folder, SLOW) as store:
+    with EmulatedFileSystem(folder, SLOW) as store:
         settings = {"on demand": {}, "ahead": {"prefetch": 2}}
         sources = {"Lustre": Source(folder / "many", store.client())}
         table = measure(world2, sources, settings, steps=8, compute_s=0.1, repeats=2, caches=["warm"])
@@ -139,7 +138,7 @@ def test_reading_ahead_hides_reading_that_is_shorter_than_computing(world2, fold
 
 
 def test_many_small_files_wait_for_opens_that_few_large_ones_do_not_make(world2, folder):
-    with SharedStore(folder, SLOW) as store:
+    with EmulatedFileSystem(folder, SLOW) as store:
         sources = {name: Source(folder / name, store.client()) for name in ("many", "few")}
         table = measure(world2, sources, {"plain": {"batch_size": 3}}, 4, 0.0, repeats=2, caches=["warm"])
     wait_s = table.groupby("source")["wait_s"].sum()
@@ -214,7 +213,7 @@ def test_files_that_are_too_few_or_out_of_the_stores_reach_are_refused(folder, t
         measure(World(), {"s": Source(tmp_path / "one")}, {"plain": {}}, 1, 0.0)
     with pytest.raises(ValueError, match="has no .*tfrecord files"):
         Source(tmp_path).files()
-    with SharedStore(folder, FAST) as store, pytest.raises(ValueError, match="leads out of the store"):
+    with EmulatedFileSystem(folder, FAST) as store, pytest.raises(ValueError, match="leads out of the file system"):
         Source(tmp_path / "one", store.client()).files()
     with pytest.raises(ValueError, match="empty list"):
         dataset([])
