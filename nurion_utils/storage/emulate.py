@@ -66,11 +66,9 @@ class EmulatedFileSystem:
             listener.bind(address)
             listener.listen(4096)
             settings = {"owner": os.getpid(), "listener": listener.fileno(), "directory": str(self._directory)}
+            program = [sys.executable, "-I", "-S", str(Path(__file__).with_name("server.py"))]
             self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-I", "-S", str(Path(__file__).with_name("server.py"))),
-                    json.dumps(asdict(system) | settings),
-                ],
+                [*program, json.dumps(asdict(system) | settings)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -86,17 +84,11 @@ class EmulatedFileSystem:
 
     def place(self, targets: Mapping[str | os.PathLike[str], int]) -> None:
         """Say on which target the first stripe of each file lies, as ``lfs setstripe -i`` does when it makes one."""
-        last = self.system.targets - 1
-        self._client.ask(
-            {
-                "place": {
-                    str(self._client.path(path).relative_to(self.root)): whole_number(
-                        target, f"the target of {os.fspath(path)!r}", 0, last
-                    )
-                    for path, target in targets.items()
-                }
-            }
-        )
+        placed = {}
+        for path, target in targets.items():
+            name = str(self._client.path(path).relative_to(self.root))
+            placed[name] = whole_number(target, f"the target of {name!r}", 0, self.system.targets - 1)
+        self._client.ask({"place": placed})
 
     def log(self) -> pd.DataFrame:
         """The last 200,000 requests, those still waiting too, in the order in which they came to their queues.

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -149,13 +148,15 @@ def _queue(
     Request i is done at ``work before and with it + max over j <= i of (arrival of j - work before j)``.
     """
     order = np.argsort(target.astype(np.min_scalar_type(-system.targets)), kind="stable")
-    heads = np.flatnonzero(np.diff(target[order], prepend=METADATA - 1))  # the first in each queue
-    queue = np.repeat(np.arange(len(heads)), np.diff(heads, append=len(order)))
-    before_s = np.cumsum(work_s[order]) - work_s[order]
-    before_s -= before_s[heads][queue]
+    by_target, work = target[order], work_s[order]
+    heads = np.flatnonzero(np.diff(by_target, prepend=METADATA - 1))  # the first in each queue
+    lengths = np.diff(heads, append=len(order))
+    before_s = np.cumsum(work) - work
+    before_s -= np.repeat(before_s[heads], lengths)
     idle_s = asked_s[order] - before_s
-    idle_s[heads] = np.maximum(idle_s[heads], free_s[target[order][heads]])
-    apart_s = queue * (np.ptp(idle_s) + 1)  # one accumulation for all queues: lift each above the one before
+    idle_s[heads] = np.maximum(idle_s[heads], free_s[by_target[heads]])
+    # One accumulation for all queues: lift each above the one before.
+    apart_s = np.repeat(np.arange(len(heads)) * (np.ptp(idle_s) + 1), lengths)
     turn_s = np.empty_like(asked_s)
     turn_s[order] = np.maximum.accumulate(idle_s + apart_s) - apart_s + before_s
     gives_up_s = asked_s + system.timeout_s
@@ -179,25 +180,21 @@ def tabulate(columns: dict[str, Any]) -> pd.DataFrame:
     return table.reset_index(drop=True)[COLUMNS]
 
 
-def summarise(table: pd.DataFrame, workload: Workload) -> dict[str, float | int | None]:
+def summarise(table: pd.DataFrame, workload: Workload) -> dict[str, float]:
     """What an epoch came to; `table` is one of `simulate` or `EmulatedFileSystem.run`.
 
     Returns
     -------
     dict
-        ``epoch_s`` (to the last reader's end, or the failure), ``throughput_gb_per_s``, ``input_wait_s`` (what a
-        step took beyond its compute, on average), ``accelerator_utilisation`` (compute time over total time, as
-        MLPerf Storage defines it), ``failed_at`` (the step in which the job failed, or None).
+        ``epoch_s`` (to the last reader's end, or the failure), ``throughput_gb_per_s``, ``accelerator_utilisation``
+        (compute time over total time, as MLPerf Storage defines it).
     """
     epoch_s = table["end_s"].max()
     done = table["end_s"].notna() & ~table["failed"]
     steps = done.sum() / workload.readers
     gigabytes = table["ready_s"].notna().sum() * workload.files_per_step * workload.file_bytes / 1e9
-    failed = table.loc[table["failed"], "step"]
     return {
         "epoch_s": float(epoch_s),
         "throughput_gb_per_s": float(gigabytes / epoch_s),
-        "input_wait_s": float(epoch_s / steps - workload.compute_s) if steps else math.inf,
         "accelerator_utilisation": float(steps * workload.compute_s / epoch_s),
-        "failed_at": int(failed.min()) if len(failed) else None,
     }
