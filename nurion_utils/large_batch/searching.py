@@ -19,7 +19,7 @@ import numpy as np
 
 from nurion_utils._checks import whole_number
 from nurion_utils.large_batch.recipes import Recipe, RecipeError
-from nurion_utils.ranks.notebook import meter
+from nurion_utils.ranks import identity, meter
 
 if TYPE_CHECKING:
     import optuna
@@ -135,7 +135,7 @@ def work(recipe: Recipe, space: Space, trials: int, seeds: Sequence[int], task: 
 
     from nurion_utils.large_batch import replicas
 
-    rank = int(os.environ.get("PMI_RANK", 0))
+    rank = identity().rank
     study = _study(folder, seed=1000 * rank + begun)  # a search that goes on must not draw the same settings again
     tell = meter(trials if rank == 0 else 0, "searching")
 

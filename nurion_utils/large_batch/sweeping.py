@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from nurion_utils._checks import whole_number
 from nurion_utils.large_batch.recipes import Recipe, RecipeError
-from nurion_utils.ranks.notebook import meter, somebody_watches
+from nurion_utils.ranks import identity, meter, somebody_watches
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,7 +137,7 @@ def work(task: Any, jobs: Sequence[Sequence[Run]], folder: Path, claims: Path) -
     """What each rank does: claim the next job that nobody has, carry it out, write down what came of it."""
     from nurion_utils.large_batch import replicas
 
-    rank = int(os.environ.get("PMI_RANK", 0))
+    rank = identity().rank
     tell = meter(sum(map(len, jobs)) if rank == 0 else 0, "training")
     with open(folder / f"runs-{claims.name}-{rank}.jsonl", "a") as journal:
         for number, job in enumerate(jobs):

@@ -1,6 +1,11 @@
 from . import launchers as launchers
-from .engine import rank_environment as rank_environment
+from .environment import Identity as Identity
+from .environment import identity as identity
+from .environment import own_environment as own_environment
+from .environment import rank_environment as rank_environment
 from .failures import RankError as RankError
-from .notebook import progress as progress
+from .meters import meter as meter
+from .meters import progress as progress
+from .notebook import somebody_watches as somebody_watches
 from .world import World as World
 from .world import start as start

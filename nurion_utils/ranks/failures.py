@@ -1,5 +1,7 @@
 """What a reader is told when ranks fail: who did what, where it happened, and nothing about the machinery."""
 
+from __future__ import annotations
+
 import itertools
 import linecache
 import re
@@ -8,29 +10,73 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nurion_utils.ranks.engine import HOROVOD_ENDED, Failure
-
+HOROVOD_ENDED = "Horovod has been shut down"  # all that it tells the ranks that wait, whatever the reason
+PACKAGE = str(Path(__file__).parents[1])
 # Lines of stacks and logs that are about how a rank works, not about the reader's code
 MACHINERY = re.compile(
-    r"/(_engine\.py|IPython|ipykernel|ipyparallel|traitlets|tornado|asyncio|selectors\.py)\b|<frozen |\[IPController\]"
-    r'|"<string>", line 1 in <module>|^Extension modules|^WARNING: All log messages before absl|^I\d{4} '
+    r"/(ranks/(engine|calls)\.py|IPython|ipykernel|ipyparallel|traitlets|tornado|asyncio|selectors\.py)\b|<frozen "
+    r'|\[IPController\]|"<string>", line 1 in <module>|^Extension modules|^WARNING: All log messages before absl'
+    r"|^I\d{4} "
 )
 LAST_LINES = 12
-# What Horovod's stall check logs when it gives up; its warnings before lack the last line
-STALL = re.compile(r'Missing ranks:\n((?:\d+!?: \[.*\]\n)+)One or more rank \(marked by "!"\).*? than (\d+) seconds')
+# What Horovod's stall check logs: which ranks have not submitted what others wait for; the last line of it only
+# when it gives up.
+MISSING = re.compile(r"Missing ranks:\n((?:\d+!?: \[.*\]\n)+)")
+STALL = re.compile(MISSING.pattern + r'One or more rank \(marked by "!"\).*? than (\d+) seconds')
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a function raised on a rank, in a form that always travels (an exception may not pickle)."""
+
+    what: str  # "ValueError: no data"
+    frames: list[tuple[str, int, str]]  # file, line, function; the notebook has the sources of its cells
+    horovods_log: str = ""  # what rank 0 wrote below Python during the call, if Horovod ended meanwhile
 
 
 class RankError(RuntimeError):
-    """A rank raised, died, or did not finish in time; the message names it and shows its traceback."""
+    """A rank raised, died, or did not finish in time; the message names it and shows its traceback.
+
+    Attributes
+    ----------
+    died : tuple of int
+        The ranks whose processes ended.
+    """
 
     __module__ = "nurion_utils.ranks"  # where the reader finds it
 
+    def __init__(self, *words: object, died: Iterable[int] = ()) -> None:
+        super().__init__(*words)
+        self.died = tuple(died)
+
     def _render_traceback_(self) -> list[str]:
-        # What IPython shows instead of the frames of this package, which would tell a reader nothing.
-        return [f"{type(self).__name__}: {self}"]
+        return rendered(self, f"RankError: {self}")
+
+
+def plainly(interrupt: KeyboardInterrupt) -> KeyboardInterrupt:
+    """The interrupt, which IPython will show as it shows a `RankError`."""
+    # of the instance: Python ends a script that was interrupted in its own way only for this very class
+    interrupt._render_traceback_ = lambda: rendered(interrupt, f"KeyboardInterrupt: {interrupt}".removesuffix(": "))
+    return interrupt
+
+
+def rendered(error: BaseException, sentence: str) -> list[str]:
+    """What IPython shows of an error: the reader's own lines that led to it, without the frames of this package."""
+    shown = []
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename.startswith(PACKAGE) or MACHINERY.search(frame.filename) or not frame.lineno:
+            continue
+        name, line = cell_name(frame.filename), linecache.getline(frame.filename, frame.lineno).strip()
+        if line.startswith("get_ipython()"):  # a magic, whose text the reader sees above
+            continue
+        within = "" if frame.name == "<module>" else f", in {frame.name}"
+        where = f"Cell {name}, line {frame.lineno}" if name.startswith("In[") else f"File {name}:{frame.lineno}"
+        shown.append(f"{where}{within}\n----> {frame.lineno} {line}\n")
+    return [*shown, sentence]
 
 
 def results(work: Any, n: int) -> list[Any]:
@@ -56,6 +102,7 @@ def unfinished(work: Any) -> list[int]:
 
 
 def numbered(ranks: list[int]) -> str:
+    """The ranks in words: "rank 3", "ranks 0, 2"."""
     return f"rank {ranks[0]}" if len(ranks) == 1 else "ranks " + ", ".join(map(str, ranks))
 
 
@@ -86,62 +133,67 @@ def _what(error: Any) -> str:
     return f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
 
 
+def missing(lines: str) -> dict[str, list[int]]:
+    """Ranks by the tensors that Horovod misses of them; `lines` is what `MISSING` found."""
+    ranks_by_tensors: dict[str, list[int]] = {}
+    for rank, tensors in re.findall(r"(\d+)!?: \[(.*)\]\n", lines):
+        first, *more = tensors.split(", ")
+        ranks_by_tensors.setdefault(f"{first!r}{' and others' * bool(more)}", []).append(int(rank))
+    return ranks_by_tensors
+
+
 def stall(horovods_log: str) -> str:
     """One sentence on the ranks that Horovod has waited for in vain, if that is why it ended; else nothing."""
     found = STALL.findall(horovods_log)
     if not found:
         return ""
     lines, wait_s = found[-1]
-    ranks_by_tensors: dict[str, list[int]] = {}
-    for rank, tensors in re.findall(r"(\d+)!: \[(.*)\]\n", lines):
-        first, *more = tensors.split(", ")
-        ranks_by_tensors.setdefault(f"{first!r}{' and others' * bool(more)}", []).append(int(rank))
-    missing = ", and ".join(f"{numbered(ranks)} never submitted tensor {t}" for t, ranks in ranks_by_tensors.items())
+    marked = "".join(line for line in lines.splitlines(True) if "!:" in line)
+    never = ", and ".join(f"{numbered(ranks)} never submitted tensor {t}" for t, ranks in missing(marked).items())
     return (
-        f"{missing}, for which other ranks waited over {wait_s} s: every rank must call the same collectives equally "
+        f"{never}, for which other ranks waited over {wait_s} s: every rank must call the same collectives equally "
         "often (start Horovod anew with hvd.shutdown() and hvd.init() on all ranks)"
     )
 
 
+def how_it_ended(status: int | None) -> str:
+    """How a process ended, by what `subprocess` gives as its return code; None where that is not known."""
+    if status is None:
+        return "died"
+    if status < 0:
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"left its process with exit code {status}"
+
+
 def ended(names: list[str], directory: Path) -> str:
-    """How processes ended, and their last words; `names` is some of rank0, rank1, ... and controller."""
+    """How processes ended, and their last output; `names` is some of rank0, rank1, ... and controller."""
     _wait_for_text([directory / f"{name}.status" for name in names if name != "controller"])
-    ends = []
-    for name in names:
-        code = _read(directory / f"{name}.status")
-        if not code:
-            how = "died"
-        elif int(code) < 0:
-            how = f"was ended by {signal.Signals(-int(code)).name}"
-        else:
-            how = f"left its process with exit code {code}"
-        ends.append(f"{_called(name)} {how}")
-    return " and ".join(ends) + last_words(names, directory)
+    codes = {name: _read(directory / f"{name}.status") for name in names}
+    ends = [f"{_called(name)} {how_it_ended(int(code) if code else None)}" for name, code in codes.items()]
+    return " and ".join(ends) + last_output(names, directory)
 
 
-def last_words(names: list[str], directory: Path) -> str:
+def last_output(names: list[str], directory: Path) -> str:
     """What processes wrote below Python, each under its name."""
     text = ""
     for name in names:
         log = _read(directory / f"{name}.log").splitlines()
         lines = [line for line in log if line.strip() and not MACHINERY.search(line)]
-        text += "\n".join(["", f"--- last words of {_called(name)} ---", *lines[-LAST_LINES:]]) if lines else ""
+        text += "\n".join(["", f"--- last output of {_called(name)} ---", *lines[-LAST_LINES:]]) if lines else ""
     return text
 
 
-def stood(ranks: list[int], directory: Path) -> str:
-    """Where ranks stood, after they were told to write it down."""
+def where(ranks: list[int], directory: Path) -> str:
+    """Where ranks were, after they were told to write it down."""
     files = {rank: directory / f"rank{rank}.stack" for rank in ranks}
     _wait_for_text(files.values())
     text = ""
     for rank, file in files.items():
-        stack = [
-            re.sub(r'File "(.+?)"', lambda match: f'File "{cell_name(match[1])}"', line)
-            for line in _read(file).splitlines()[1:]
-        ]
+        stack = _read(file).splitlines()[1:]
+        stack = [re.sub(r'File "(.+?)"', lambda match: f'File "{cell_name(match[1])}"', line) for line in stack]
         own = itertools.takewhile(lambda line: not MACHINERY.search(line), stack)
-        where = "\n".join(own) or "  between two calls" if stack else "  it gave no answer, as if it were stopped"
-        text += f"\n--- where rank {rank} stood ---\n{where}"
+        lines = "\n".join(own) or "  between two calls" if stack else "  it gave no answer, as if it were stopped"
+        text += f"\n--- where rank {rank} was ---\n{lines}"
     return text
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict
 
+from nurion_utils.ranks import identity
 from nurion_utils.staging import stager
 from nurion_utils.staging.plans import StageError
 
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args(arguments)
     comm = None
-    if int(os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
+    if identity().size > 1:
         from mpi4py import MPI
 
         comm = MPI.COMM_WORLD

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from nurion_utils.ranks.notebook import meter
+from nurion_utils.ranks import meter
 from nurion_utils.staging import stager
 from nurion_utils.staging.copying import (
     Changed,

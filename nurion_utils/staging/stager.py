@@ -302,7 +302,7 @@ def missing(destination: str, files: Sequence[File], why: str) -> dict[str, str]
 @contextlib.contextmanager
 def _progress(total: int, title: str) -> Iterator[Callable[[int], None]]:
     """A bar with bytes, rate and time left where somebody watches."""
-    from nurion_utils.ranks.notebook import somebody_watches
+    from nurion_utils.ranks import somebody_watches
 
     if not somebody_watches():
         yield lambda done: None

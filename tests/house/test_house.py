@@ -94,6 +94,7 @@ def test_exported_names_are_importable_and_documented(room: Path) -> None:
     assert face.__doc__ and sorted(face.__all__) == sorted(stub_names(room))
     for name in face.__all__:
         found = getattr(face, name)
+        assert not hasattr(face, "__lazy_shadowed__"), "a name is that of its module: then neither can be pickled"
         if inspect.ismodule(found) or inspect.isclass(found) or inspect.isfunction(found):
             assert found.__doc__, f"{face.__name__}.{name} has no docstring"
 

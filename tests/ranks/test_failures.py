@@ -15,6 +15,8 @@ import pytest
 from nurion_utils import ranks
 from nurion_utils.ranks import RankError
 
+pytestmark = pytest.mark.ranks
+
 PATIENCE_S = 10.0  # the longest that a failure may take to surface
 
 
@@ -64,7 +66,7 @@ ENDINGS: dict[str, tuple[Callable[..., None], Any, str]] = {
     "leaves with exit code 3": (os._exit, 3, "rank 1 left its process with exit code 3"),
     "is killed": (kill, signal.SIGKILL, "rank 1 was ended by SIGKILL"),
     "is terminated": (kill, signal.SIGTERM, "rank 1 was ended by SIGTERM"),
-    "crashes": (read_nowhere, None, "rank 1 was ended by SIGSEGV\n--- last words of rank 1 ---\nFatal Python error"),
+    "crashes": (read_nowhere, None, "rank 1 was ended by SIGSEGV\n--- last output of rank 1 ---\nFatal Python error"),
 }
 
 
@@ -87,7 +89,7 @@ def test_a_collective_that_loses_a_rank_ends_with_its_name(mortal: ranks.World, 
     message = str(failure.value)
     assert message.startswith(story)
     for rank in (0, 2):
-        where = message.split(f"--- where rank {rank} stood ---")[1].splitlines()
+        where = message.split(f"--- where rank {rank} was ---")[1].splitlines()
         assert where[1].endswith("in allreduce") and where[2].endswith("in collective")
     if ending in ("raises", "crashes"):
         assert end.__name__ in message  # the line that did it
@@ -112,10 +114,10 @@ def test_a_horovod_allreduce_that_loses_a_rank_ends_with_its_name(mortal: ranks.
     with pytest.raises(RankError, match="^rank 2 left its process with exit code 1") as failure:
         mortal.run(train, 1)
     assert time.monotonic() - began < PATIENCE_S
-    assert "where rank 0 stood" in str(failure.value) and "in train" in str(failure.value)
+    assert "where rank 0 was" in str(failure.value) and "in train" in str(failure.value)
 
 
-def test_ranks_that_are_late_are_ended_and_it_is_told_where_they_stood(mortal: ranks.World) -> None:
+def test_ranks_that_are_late_are_ended_and_it_is_told_where_they_were(mortal: ranks.World) -> None:
     def wait_for_ever() -> None:
         time.sleep(1000)
 
@@ -134,7 +136,7 @@ def test_a_rank_that_was_stopped_gives_no_answer(mortal: ranks.World) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
 
     began = time.monotonic()
-    with pytest.raises(RankError, match="(?s)^rank 0 did not finish within 1 s.*rank 0 stood.*no answer"):
+    with pytest.raises(RankError, match="(?s)^rank 0 did not finish within 1 s.*rank 0 was.*no answer"):
         mortal.run(stop_one, timeout_s=1)
     assert time.monotonic() - began < PATIENCE_S
 
@@ -147,7 +149,7 @@ def test_ranks_that_die_between_two_calls_are_noticed(mortal: ranks.World) -> No
 
 
 def test_without_its_controller_a_world_ends(mortal: ranks.World) -> None:
-    controller = int((mortal._directory / "controller.pid").read_text())
+    controller = int((mortal._processes.directory / "controller.pid").read_text())
     threading.Timer(0.3, os.kill, [controller, signal.SIGKILL]).start()
     began = time.monotonic()
     with pytest.raises(RankError, match="^the controller died"):

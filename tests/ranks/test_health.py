@@ -1,4 +1,8 @@
+import pytest
+
 from nurion_utils import health, ranks
+
+pytestmark = pytest.mark.ranks
 
 
 def test_a_sound_environment_has_no_fault_in_what_was_set_up(world4) -> None:

@@ -21,6 +21,8 @@ from nurion_utils.allreduce import Schedule
 from nurion_utils.ranks.launchers import lab, lab_host
 from nurion_utils.ranks.launchers.lab import LabError
 
+pytestmark = pytest.mark.lab
+
 ALGORITHMS = [
     *[allreduce.ring, allreduce.naive, allreduce.tree],
     *[allreduce.recursive_doubling, allreduce.rabenseifner],
@@ -143,13 +145,13 @@ FAILURES = {
     "an error": (
         lambda network: network.run(fails_on_rank_1, True),
         "rank 1 of 2 raised KeyError: 'no such cable'",
-        "where rank 0 stood",
+        "where rank 0 was",
     ),
     "a death": (lambda network: network.run(dies_on_rank_1), "rank 1 was ended by SIGKILL", ""),
     "a delay": (
         lambda network: network.run(late_on_rank_0, timeout_s=0.5),
         "rank 0 did not finish within 0.5 s",
-        "where rank 0 stood",
+        "where rank 0 was",
     ),
 }
 

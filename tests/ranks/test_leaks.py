@@ -17,6 +17,8 @@ from helpers.kernel import Notebook, child_environment
 
 from nurion_utils.ranks.notebook import no_interrupt_lost
 
+pytestmark = pytest.mark.ranks
+
 PATIENCE_S = 15.0
 READY = "ranks are at work"
 
@@ -106,7 +108,7 @@ ORDERLY = {
     "its end without stop()": ("", "", 0),
     "an error": ("world.run(divmod, 1, 0)", "RankError: rank 0 of 2 raised ZeroDivisionError", 1),
     "a world that nobody holds any more": (
-        "pid = world._guardian.pid\ndel world\ntime.sleep(3)\nassert not os.path.exists(f'/proc/{pid}')",
+        "pid = world._processes._guardian.pid\ndel world\ntime.sleep(3)\nassert not os.path.exists(f'/proc/{pid}')",
         "",
         0,
     ),
@@ -122,7 +124,8 @@ ORDERLY = {
         0,
     ),
     "stop() beside a forked child": (
-        "pool = multiprocessing.get_context('fork').Pool(2)\nworld.stop()\nassert not os.path.exists(world._directory)",
+        "pool = multiprocessing.get_context('fork').Pool(2)\nworld.stop()\n"
+        "assert not os.path.exists(world._processes.directory)",
         "",
         0,
     ),

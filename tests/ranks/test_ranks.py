@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 from nurion_utils import ranks
 from nurion_utils.ranks import RankError, engine
 
+pytestmark = pytest.mark.ranks
+
 PATIENCE_S = 10.0  # the longest that a failure may take to surface
 
 
@@ -46,7 +48,7 @@ def test_ranks_are_one_mpi_world(world4: ranks.World) -> None:
 
 def test_no_port_that_ranks_connect_to_is_left_for_others_to_take(world2: ranks.World) -> None:
     for name in ("client", "engine"):
-        file = world2._directory / "profile" / "security" / f"ipcontroller-{name}.json"
+        file = world2._processes.directory / "profile" / "security" / f"ipcontroller-{name}.json"
         ports = [port for value in json.loads(file.read_text()).values() for port in np.ravel(value)]
         ports = [int(port) for port in ports if isinstance(port, np.integer)]
         assert len(ports) > 6
@@ -247,7 +249,7 @@ def test_errors_and_results_that_do_not_pickle_still_name_the_rank(world2: ranks
 
 
 def processes_of(world: ranks.World) -> list[psutil.Process]:
-    guardian = psutil.Process(world._guardian.pid)
+    guardian = psutil.Process(world._processes._guardian.pid)
     return [guardian, *guardian.children(recursive=True)]
 
 
@@ -258,15 +260,15 @@ def test_a_world_listens_on_the_loopback_only(world2: ranks.World) -> None:
 
 
 def test_the_files_of_a_run_are_private(world2: ranks.World) -> None:
-    assert stat.S_IMODE(world2._directory.stat().st_mode) == 0o700
-    connection_files = list(world2._directory.rglob("*.json"))
+    assert stat.S_IMODE(world2._processes.directory.stat().st_mode) == 0o700
+    connection_files = list(world2._processes.directory.rglob("*.json"))
     keys = [file for file in connection_files if "key" in file.read_text()]
     assert keys and {stat.S_IMODE(file.stat().st_mode) for file in keys} == {0o600}
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_another_user_cannot_read_the_connection_file(world2: ranks.World) -> None:
-    file = next(world2._directory.rglob("ipcontroller-client.json"))
+    file = next(world2._processes.directory.rglob("ipcontroller-client.json"))
     cat = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "cat", str(file)]
     refusal = subprocess.run(cat, capture_output=True, text=True)
     assert refusal.returncode != 0 and "Permission denied" in refusal.stderr
@@ -275,7 +277,7 @@ def test_another_user_cannot_read_the_connection_file(world2: ranks.World) -> No
 def test_a_client_with_a_wrong_key_gets_no_answer(world2: ranks.World, tmp_path: Path) -> None:
     import ipyparallel
 
-    file = next(world2._directory.rglob("ipcontroller-client.json"))
+    file = next(world2._processes.directory.rglob("ipcontroller-client.json"))
     forged = tmp_path / "ipcontroller-client.json"
     forged.write_text(file.read_text().replace(world2.client.session.key.decode(), "f" * 32))
     assert forged.read_text() != file.read_text()

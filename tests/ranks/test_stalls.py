@@ -11,6 +11,8 @@ import tensorflow as tf
 from nurion_utils import ranks
 from nurion_utils.ranks import RankError
 
+pytestmark = pytest.mark.ranks
+
 PATIENCE_S = 20.0  # the longest that a stall may take to surface
 
 

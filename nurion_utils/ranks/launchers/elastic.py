@@ -21,8 +21,9 @@ from horovod.runner.elastic.rendezvous import GET_RANK_AND_SIZE, PUT_WORKER_ADDR
 from horovod.runner.gloo_run import create_run_env_vars
 from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
-from nurion_utils.ranks.engine import rank_environment
-from nurion_utils.ranks.failures import RankError
+from nurion_utils.ranks.calls import pickle_call
+from nurion_utils.ranks.environment import own_environment, rank_environment
+from nurion_utils.ranks.failures import RankError, how_it_ended
 
 TICK_S = 0.05
 GRACE_S = 2.0  # how long other ranks may still raise after one has
@@ -42,14 +43,14 @@ def elastic_launch(
 ) -> list[Any]:
     """Run ``function(*args)`` on new ranks of this machine, and go on without those that die.
 
-    The ranks talk over Gloo and the loopback interface.  What they print is kept for error messages only.
-    A rank that is killed counts as a lost node.  One that raises has a mistake, which ends the launch.
+    The ranks talk over Gloo and the loopback interface. What they print is kept for error messages only.
+    A rank that is killed counts as a lost node. One that raises has a mistake, which ends the launch.
 
     Parameters
     ----------
     function : callable
         Runs on every rank, with Horovod initialised; it makes an `ElasticState` and calls a function made with
-        `elastic_run`.  Sent with cloudpickle.
+        `elastic_run`. Sent with cloudpickle.
     *args
         Its arguments.
     ranks : int
@@ -70,28 +71,20 @@ def elastic_launch(
         If the function cannot be sent, or the numbers make no sense; nothing was started.
     nurion_utils.ranks.RankError
         If a rank raised (with the tracebacks of all that did), if fewer than `min_ranks` are left, or if time is
-        up.  No rank is left running then, nor if this process itself is killed.
+        up. No rank is left running then, nor if this process itself is killed.
 
     Notes
     -----
     Horovod's own elastic driver is not used: it listens on all interfaces, unpickles what anybody sends there,
-    and starts workers over ssh.  Gloo still asks nobody who they are, so on a machine shared with people you do
+    and starts workers over ssh. Gloo still asks nobody who they are, so on a machine shared with people you do
     not trust, know that it listens on the loopback interface while the launch lasts.
 
-    Survivors notice a loss at once or within 10 s.  One more loss in the moment in which they reconnect ends
+    Survivors notice a loss at once or within 10 s. One more loss in the moment in which they reconnect ends
     them all: Horovod aborts then.
     """
     if not 1 <= min_ranks <= ranks:
-        raise ValueError(f"min_ranks must be from 1 to ranks={ranks}, not {min_ranks}.")
-    if not timeout_s > 0:
-        raise ValueError(f"timeout_s must be a positive number of seconds, not {timeout_s}.")
-    try:
-        payload = cloudpickle.dumps((function, args))
-    except Exception as error:
-        raise TypeError(
-            f"The function or its arguments cannot be sent to the ranks ({error}); "
-            "create what cannot be pickled inside the function."
-        ) from None
+        raise ValueError(f"min_ranks must be from 1 to ranks={ranks}, not {min_ranks}")
+    payload = pickle_call(function, args, timeout_s)
     rendezvous = _Rendezvous([f"rank{i}" for i in range(ranks)])
     workers: dict[str, _Worker] = {}
     try:
@@ -112,7 +105,7 @@ def _follow(workers: dict[str, _Worker], rendezvous: _Rendezvous, min_ranks: int
     while rendezvous.living:
         for host in [host for host in rendezvous.living if workers[host].process.poll() is not None]:
             slot, outcome = rendezvous.slots[host], workers[host].outcome()
-            who = f"Rank {slot.rank} of {slot.size}"
+            who = f"rank {slot.rank} of {slot.size}"
             if outcome is None:
                 lost.append(f"{who} {workers[host].end()}")
             elif outcome[0]:
@@ -128,9 +121,9 @@ def _follow(workers: dict[str, _Worker], rendezvous: _Rendezvous, min_ranks: int
         if errors and (late or not left):
             failure = "\n".join(f"{', '.join(sorted(who))} failed:\n{what}" for what, who in errors.items())
         elif late:
-            failure = f"{left} of {len(workers)} ranks did not end within {timeout_s:g} s and were stopped."
+            failure = f"{left} of {len(workers)} ranks did not finish within {timeout_s:g} s"
         elif left + len(results) < min_ranks and not errors:
-            failure = f"{left + len(results)} of {len(workers)} ranks are left, fewer than min_ranks={min_ranks}."
+            failure = f"{left + len(results)} of {len(workers)} ranks are left, fewer than min_ranks={min_ranks}"
         if failure:
             raise RankError("\n".join([failure, *lost]))
         time.sleep(TICK_S)
@@ -159,7 +152,7 @@ class _Worker:
                 stdin=stdin,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {name: str(value) for name, value in settings.items()},
+                env=own_environment() | {name: str(value) for name, value in settings.items()},
                 pass_fds=[self._outcome.fileno()],
                 start_new_session=True,
             )
@@ -172,11 +165,9 @@ class _Worker:
         return None if self.process.returncode < 0 else (False, self.end())
 
     def end(self) -> str:
-        """How the process ended, and its last words."""
-        code = self.process.returncode
-        how = f"was killed by {signal.Signals(-code).name}." if code < 0 else f"It exited with status {code}."
+        """How the process ended, and its last output."""
         self._log.seek(0)
-        return f"{how}\n{self._log.read()[-2000:].decode(errors='replace')}".strip()
+        return f"{how_it_ended(self.process.returncode)}\n{self._log.read()[-2000:].decode(errors='replace')}".strip()
 
     def close(self) -> None:
         if self.process.poll() is None:

@@ -28,8 +28,8 @@ from nurion_utils import recordings
 from nurion_utils.allreduce import algorithms, measuring
 from nurion_utils.allreduce.schedule import Link, Schedule
 from nurion_utils.ranks import failures
-from nurion_utils.ranks.engine import Failure, pickle_call
-from nurion_utils.ranks.failures import RankError
+from nurion_utils.ranks.calls import pickle_call
+from nurion_utils.ranks.failures import Failure, RankError
 from nurion_utils.ranks.launchers import lab_host, lab_rank
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Lab:
         function, args
             Pickled by value, so functions written in a notebook cell will do.
         timeout_s
-            After this time the lab is closed, and `LabError` says where each rank stood.
+            After this time the lab is closed, and `LabError` says where each rank was.
 
         Raises
         ------
@@ -252,12 +252,12 @@ class Lab:
         return [int(file.stem.removeprefix("rank")) for file in ends]
 
     def _break(self, reason: str, waiting: list[int]) -> None:
-        """Close the lab and say why, and where the ranks stood that were still at work."""
+        """Close the lab and say why, and where the ranks were that were still at work."""
         for rank in waiting:
             with contextlib.suppress(OSError):
                 os.kill(self._pids[rank], signal.SIGUSR1)  # faulthandler writes down where it stands
         deaths = self._deaths()
-        stacks = failures.stood([rank for rank in waiting if rank not in deaths], self._directory)
+        stacks = failures.where([rank for rank in waiting if rank not in deaths], self._directory)
         self._ended = f"this lab has ended because {reason.splitlines()[0]}"
         self.close()
         again = f"lab.start({self.ranks}, {self.rate_mbit:g})"

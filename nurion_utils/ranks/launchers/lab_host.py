@@ -28,7 +28,7 @@ TOOLS = {
 }
 INSTEAD = "lab.recorded() has measurements from where it works"
 
-SHM = "/dev/shm"  # private to the lab: MPI's shared memory, the socket and the ranks' last words
+SHM = "/dev/shm"  # private to the lab: MPI's shared memory, the socket and the ranks' last output
 SOCKET = f"{SHM}/lab.sock"
 
 # One packet must not be a large part of a message, or the chunks of a ring would not overlap; but each packet costs
@@ -88,10 +88,10 @@ def start(ranks: int, rate_mbit: float, resources: contextlib.ExitStack) -> tupl
 
     Closing `resources` ends it all. Raises `Refused`.
     """
-    from nurion_utils.ranks.engine import rank_environment
+    from nurion_utils.ranks.environment import own_environment, rank_environment
 
     environment = {
-        **os.environ,
+        **own_environment(),
         **rank_environment(threads=1),
         # this environment's mpiexec, and where ordinary users do not look for tc
         "PATH": os.pathsep.join([f"{sys.prefix}/bin", os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]),
@@ -178,7 +178,7 @@ def _meet(
             if ended := [name for name in names if (shm / f"{name}.status").exists()]:
                 raise Refused(f"the ranks of the lab did not start: {failures.ended(ended, shm)}")
             if process.poll() is not None or time.monotonic() > deadline:
-                words = failures.last_words(["mpiexec", *names], shm)
+                words = failures.last_output(["mpiexec", *names], shm)
                 raise Refused(f"the ranks of the lab did not start{words}")
             with contextlib.suppress(TimeoutError):
                 rank_socket, _ = waiting.accept()

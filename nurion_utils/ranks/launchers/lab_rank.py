@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import functools
-import os
-import signal
 import time
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -14,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nurion_utils.ranks.engine import call
+from nurion_utils.ranks.calls import call
+from nurion_utils.ranks.engine import note_output, stay_outside
+from nurion_utils.ranks.environment import identity
 from nurion_utils.ranks.launchers.lab_host import SHM, SOCKET
 
 if TYPE_CHECKING:
@@ -23,22 +22,10 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """One rank: run what the notebook sends, and answer."""
-    rank = int(os.environ["PMI_RANK"])
+    rank = identity().rank
     own = f"{SHM}/rank{rank}"
-    if worker := os.fork():
-        # This half only writes down how the rank ended, then stays: were mpiexec to see it end, it would kill the
-        # other ranks before anyone could ask them where they stood.
-        status = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
-        Path(f"{own}.status").write_text(str(status))
-        os.utime(f"{own}.status", ns=2 * (time.time_ns(),))  # finer than the file system's clock: who was first?
-        while True:
-            signal.pause()
-    log = open(f"{own}.log", "wb", buffering=0)  # noqa: SIM115 (open for the process' life)
-    os.dup2(log.fileno(), 1)  # what a rank prints would else travel through the network that is measured
-    os.dup2(log.fileno(), 2)
-    stacks = open(f"{own}.stack", "wb", buffering=0)  # noqa: SIM115
-    faulthandler.enable(log, all_threads=False)
-    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
+    stay_outside(Path(f"{own}.status"))
+    note_output(Path(own))  # what a rank prints would else travel through the network that is measured
 
     from mpi4py import MPI
 

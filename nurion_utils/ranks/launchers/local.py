@@ -1,0 +1,146 @@
+"""Ranks on this machine: MPICH's launcher below a guardian, and what a world needs to know of their processes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from nurion_utils.ranks import failures
+from nurion_utils.ranks.environment import own_environment
+from nurion_utils.ranks.failures import RankError
+
+HERE = Path(__file__).parents[1]
+
+
+class LocalRanks:
+    """Started ranks and their controller; all that they leave goes when `resources` are closed.
+
+    Parameters
+    ----------
+    shares
+        The cores of each rank.
+    env
+        Environment variables for the ranks, on top of this process' own.
+    resources
+        Takes what must be closed.
+
+    Attributes
+    ----------
+    directory : Path
+        Where they write: ``profile/security`` for who connects, and a log, a status and a stack for each rank.
+    """
+
+    def __init__(self, shares: list[list[int]], env: dict[str, str], resources: contextlib.ExitStack) -> None:
+        _remove_stale_run_directories()
+        self.n, self._resources = len(shares), resources
+        self.names = [*(f"rank{rank}" for rank in range(self.n)), "controller"]  # of processes and their files
+        self._processes: dict[str, int] = {}  # pidfds: unlike pids they are never another process'
+        self._guardian: subprocess.Popen | None = None
+        # An interrupt may come between any two lines: what must be undone is noted down before it is done.
+        self.directory = Path(tempfile.gettempdir(), f"nurion-{secrets.token_hex(6)}")
+        resources.callback(shutil.rmtree, self.directory, ignore_errors=True)
+        self.directory.mkdir(mode=0o700)
+        resources.callback(self.end)
+        self._guardian = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(HERE / "guardian.py"), str(self.directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C in a terminal is for the notebook, not for the clean-up
+        )
+        own = {"IPYTHONDIR": str(self.directory / "ipython"), "TMPDIR": str(self.directory)}
+        request = {
+            "owner": os.getpid(),
+            "commands": {"controller": self._controller(), "mpiexec": self._engines(shares)},
+            "env": {**own_environment(), **own, **env},
+        }
+        self._guardian.stdin.write(json.dumps(request).encode() + b"\n")
+        self._guardian.stdin.flush()
+
+    def _controller(self) -> list[str]:
+        return [
+            *[sys.executable, "-P", "-c", "from nurion_utils.ranks.engine import controller; controller()"],
+            f"--profile-dir={self.directory / 'profile'}",
+            *["--ip=127.0.0.1", "--location=127.0.0.1", "--usethreads", "--nodb", "--log-level=ERROR"],
+            # A rank answers calls from its second heartbeat on, so they come quickly; but that a rank is dead
+            # is for the watcher to say: a machine too busy for heartbeats must not lose its ranks.
+            *["--HeartMonitor.period=200", "--HeartMonitor.max_heartmonitor_misses=1000000000"],
+            # Nobody uses the scheduler of tasks, but all ranks connect to its ports: with none there, they would
+            # try for ever, and be taken for a peer by whoever is given that port next, such as Gloo.
+            *["--TaskScheduler.scheme_name=pure", "--IPController.broadcast_scheduler_depth=0"],
+        ]
+
+    def _engines(self, shares: list[list[int]]) -> list[str]:
+        return [
+            # MPICH's launcher for one machine: it forks the ranks itself and, unlike Hydra, opens no port
+            *[str(Path(sys.prefix) / "bin" / "mpiexec.gforker"), "-n", str(self.n)],
+            # -P: this package's modules must not be importable as `ranks` or `training`
+            *[sys.executable, "-P", str(HERE / "engine.py"), str(self.directory), json.dumps(shares)],
+        ]
+
+    @property
+    def connection_file(self) -> Path:
+        return self.directory / "profile" / "security" / "ipcontroller-client.json"
+
+    def require_starting(self) -> None:
+        """RankError if waiting for the ranks has become useless."""
+        if self._guardian.poll() is not None:
+            raise RankError(f"the ranks could not be started\n{self._guardian.stderr.read().decode()}")
+        if ended := sorted(file.stem for file in self.directory.glob("rank*.status")):
+            raise RankError(f"the ranks did not start: {failures.ended(ended, self.directory)}")
+
+    def hold(self) -> None:
+        """Once all ranks have answered: hold on to their processes, to see them end and to signal them."""
+        for name in self.names:
+            self._processes[name] = os.pidfd_open(int((self.directory / f"{name}.pid").read_text()))
+            self._resources.callback(os.close, self._processes[name])
+
+    def dead(self) -> list[str]:
+        """Names of the processes that have ended."""
+        poller = select.poll()
+        for descriptor in self._processes.values():
+            poller.register(descriptor, select.POLLIN)
+        ended = [descriptor for descriptor, _ in poller.poll(0)]
+        return [name for name, descriptor in self._processes.items() if descriptor in ended]
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        with contextlib.suppress(OSError):  # it has ended
+            signal.pidfd_send_signal(self._processes[f"rank{rank}"], number)
+
+    def where(self, ranks: list[int]) -> str:
+        """Where ranks are now, in words."""
+        for rank in ranks:
+            with contextlib.suppress(OSError):
+                os.truncate(self.directory / f"rank{rank}.stack", 0)
+            self.signal(rank, signal.SIGUSR1)  # faulthandler writes down where it is, whatever it does
+        return failures.where(ranks, self.directory)
+
+    def end(self) -> None:
+        """End all processes, and wait until that is done."""
+        if self._guardian is None:
+            return
+        with contextlib.suppress(OSError, ValueError):  # it has ended, or was told before
+            self._guardian.stdin.write(b"end\n")  # said explicitly: a forked child may keep the pipe open
+            self._guardian.stdin.close()
+        self._guardian.wait()
+        self._guardian.stderr.close()
+
+
+def _remove_stale_run_directories() -> None:
+    """Sweep up after guardians that were killed themselves, the one end they cannot clean up after."""
+    for directory in Path(tempfile.gettempdir()).glob("nurion-*"):
+        with contextlib.suppress(OSError):
+            if directory.stat().st_uid == os.getuid():
+                with open(directory / "lock") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused as long as the guardian lives
+                    shutil.rmtree(directory)
