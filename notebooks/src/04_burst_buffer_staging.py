@@ -586,7 +586,7 @@ print(jobs.job_script("nurion", "/scratch/$USER/imagenet", 'python train.py "$DA
 #
 # **The trap.** After the training the burst buffer should be freed, and out of habit one types `rm -r`. But `/scratch_ime/you/imagenet` and `/scratch/you/imagenet` are two views of one file, of which the buffer may hold a second set of bytes. `rm` in either view **deletes the file, the original**. To drop only the buffer's bytes, purge with `ime-ctl -p`, or from Python with `jobs.Ime("nurion").purge([...])`, which first writes back what has changed.
 #
-# Do not mix that up with `staging.purge`, which removes the copies that `stage` has made elsewhere. The functions of this package refuse to write or remove anything under `/scratch_ime`, also when it is reached through a link. Your shell does not refuse.
+# Do not mix that up with `staging.purge`, which removes the copies that `stage` has made elsewhere. The functions of this package refuse to write or remove anything under `/scratch_ime`, also when it is reached through a link. (Programs of your own can ask, too: `jobs.guard(path)` raises a `BurstBufferError` for such a path.) Your shell does not refuse.
 
 # %%
 (directory / "my-buffer").symlink_to("/scratch_ime/you")
