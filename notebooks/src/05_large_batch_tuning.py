@@ -11,7 +11,7 @@
 #
 # ## Why more nodes mean a larger batch
 #
-# Nurion, the supercomputer of this course, has 8305 nodes of one kind. In data parallelism each rank computes the gradient of its own samples, and all of them together take *one* step. To keep a rank busy it needs enough samples, say 32. Then the batch of all ranks grows with their number, and the number of steps in an epoch shrinks with it. For the 1.28 million images of ImageNet:
+# Nurion, the supercomputer of this course, has more than eight thousand nodes of one kind. In data parallelism each rank computes the gradient of its own samples, and all of them together take *one* step. To keep a rank busy it needs enough samples, say 32. Then the batch of all ranks grows with their number, and the number of steps in an epoch shrinks with it. For the 1.28 million images of ImageNet:
 
 # %% tags=["parameters"]
 n_ranks: int = 2  # ranks that train, sweep and search, 2 or more; on a larger machine as many as it has cores
@@ -27,18 +27,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from nurion_utils import large_batch, ranks
+from nurion_utils import allreduce, large_batch, ranks, recordings, sites, style
 from nurion_utils.large_batch import DigitsTask, Recipe, draw, experiment, sweep
 
 if full:
     n_seeds, live_batches, search_trials, noise_epochs = 10, [512, 1024, 2048, 4096, 8192], 60, 10
-plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
+style.use()
 world = ranks.start(n_ranks)
-nodes = np.array([8, 256, 1024, 8305])
+nurion = sites.load("nurion")
+nodes = np.array([8, 256, 1024, nurion.node.count])
 pd.DataFrame({"nodes": nodes, "batch at 32 per node": 32 * nodes, "steps in an epoch": (1_281_167 / (32 * nodes)).round(1)})
 
 # %% [markdown]
-# With 8305 nodes a training of 90 epochs is 430 steps. Whatever is to be learned must be learned in 430 steps. The rest of this notebook is about how far a step can go.
+# With all its nodes a training of 90 epochs is some 430 steps. Whatever is to be learned must be learned in them. The rest of this notebook is about how far a step can go.
 #
 # ## A task that shows it
 #
@@ -64,7 +65,7 @@ plt.show()
 # | `rule` | how the rate follows the batch: `"fixed"`, `"square root"`, `"linear"` |
 # | `warmup`, `warmup_epochs`, `warmup_from` | `"gradual"` or `"constant"`, for how long, and from which rate (the base rate unless given) |
 # | `decay`, `milestones` | the rate falls to a tenth after these parts of the training |
-# | `optimizer`, `momentum`, `weight_decay`, `trust` | `"sgd"`, `"lars"` or `"lamb"`, and their settings |
+# | `optimizer`, `momentum`, `weight_decay`, `trust_coefficient` | `"sgd"`, `"lars"` or `"lamb"`, and their settings |
 #
 # With 32 samples a step, a rate of 0.05 is good here. The network's batch normalisation always works on groups of 32 samples, as 64 ranks with 32 each would do for a batch of 2048; more on that below.
 
@@ -89,13 +90,7 @@ base_runs[["seed", "test_error", "validation_error", "time_s"]].round(2)
 # %%
 rules = {(name, batch): recipe for batch in live_batches for name, recipe in experiment.by_rule(batch).items()}
 
-
-def so_far(table: pd.DataFrame):
-    """A figure that fills in while trainings end, where somebody watches."""
-    return draw.errors(table.assign(method=[name for name, _ in table["name"]]), base_error)
-
-
-live = sweep(rules, range(n_seeds), world, task, show=so_far)
+live = sweep(rules, range(n_seeds), world, task)
 live["method"] = [name for name, _ in live["name"]]
 live.loc[live["method"] == "fixed", ["batch", "seed", "test_error", "steps"]].round(2)
 
@@ -129,6 +124,9 @@ def intervals(table: pd.DataFrame) -> pd.DataFrame:
 
 intervals(pd.concat([base_runs.assign(method="base"), live]))
 
+# %% alt="Test error against batch for the four rules, trained here. At 512 and at 2048 the fixed rate lies far above the others; the square root lies between it and the linear rule, which comes close to the error at a batch of 32."
+figure = draw.errors(live, base_error)
+
 # %% [markdown]
 # (The ± is the 95 % interval of the mean, over the seeds; *base* is the batch of 32.) The linear rule repairs most of the damage, more than the square root does. At 512 its error is close to that of the base; at 2048 something is still missing.
 #
@@ -139,7 +137,7 @@ intervals(pd.concat([base_runs.assign(method="base"), live]))
 # Three seeds cannot tell the last two rows apart at 2048; more can, below. One step further it is a matter of life and death. Here are twelve trainings each at a batch of 4096, from a larger experiment that was recorded: the same network on *four times as many images*, 131,072, so that there are 320 steps in the ten epochs. **Predict:** will trainings that begin badly recover when the rate falls, after a third of the epochs?
 
 # %% alt="Validation error after each of ten epochs at a batch of 4096, twelve trainings with warm-up and twelve without. With warm-up all fall quickly below 20 per cent. Without it nearly all stay between 60 and 90 per cent to the end; the fall of the rate after the third epoch helps them little."
-recorded = experiment.recorded()
+recorded = recordings.load("large_batch_digits")
 report = recorded[recorded["part"] == "report"]
 figure = draw.courses(report[report["method"].isin(["linear", "linear, warm-up"])], 4096)
 
@@ -157,20 +155,20 @@ recorded_base = report.loc[report["method"] == "base", "test_error"].mean()
 figure, (ours, theirs) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
 draw.errors(report[report["method"] != "base"], recorded_base, ours)
 ours.set_title("digits, recorded", fontsize=10)
-goyal = experiment.published().query("study == 'Goyal'").assign(value=lambda t: t["value"].astype(float), batch=lambda t: t["batch"].astype(int))
+goyal = recordings.load("published_large_batch").query("study == 'Goyal'").assign(value=lambda t: t["value"].astype(float), batch=lambda t: t["batch"].astype(int))
 curve = goyal[goyal["setting"] == "linear, gradual warm-up"]
-theirs.semilogx(curve["batch"], curve["value"], color="#0072B2", marker="o", ms=5, label="linear, gradual warm-up")
-markers = {"fixed": ("#D55E00", "s"), "square root": ("#E69F00", "v"), "linear, no warm-up": ("#56B4E9", "^"), "linear, constant warm-up": ("black", "x")}
+theirs.semilogx(curve["batch"], curve["value"], color=style.BLUE, marker="o", ms=5, label="linear, gradual warm-up")
+markers = {"fixed": (style.VERMILION, "s"), "square root": (style.ORANGE, "v"), "linear, no warm-up": (style.SKY, "^"), "linear, constant warm-up": (style.BLACK, "x")}
 for setting, (colour, marker) in markers.items():
     theirs.plot(8192, goyal.loc[goyal["setting"] == setting, "value"].item(), ls="", color=colour, marker=marker, ms=7, label=setting)
-draw.batch_axis(theirs, sorted(curve["batch"]))
+draw.batch_axis(theirs, curve["batch"])
 theirs.set(ylabel="top-1 error, %", ylim=(0, 45), title="ImageNet, ResNet-50: published (Goyal et al. 2017)")
 theirs.title.set_fontsize(10)
-theirs.legend(frameon=False, fontsize=8, loc="lower left")
+theirs.legend(fontsize=8, loc="lower left")
 plt.show()
 
 # %% [markdown]
-# (The recorded errors are lower than the live ones because there are four times as many steps. The left axis is logarithmic.) Read it from left to right. At 512 everything but the fixed rate works. At 2048 the four rules stand in the order that Goyal et al. report for 8192, each apart from the next: fixed, square root, linear without warm-up, linear with it. At 4096 the linear rule needs its warm-up to survive at all: its rate is 6.4 there. At 8192 it breaks with warm-up too. The square root's rate stays bearable, and too small.
+# (The recorded errors are lower than the live ones because there are four times as many steps. The left axis is logarithmic.) Read it from left to right. At 512 everything but the fixed rate works. At 2048 the four rules stand in the order that Goyal et al. report for 8192, each apart from the next: fixed, square root, linear without warm-up, linear with it. At 4096 the linear rule needs its warm-up to survive at all: its rate is 6.4 there. At 8192 it breaks with warm-up too. The square root's rate is still tolerated, and too small.
 #
 # On ImageNet the break, or **elbow**, comes beyond 8192. Where it comes depends on data and network; that it comes does not.
 #
@@ -178,7 +176,7 @@ plt.show()
 #
 # 1. *It does not come far.* Few steps at the old rate. Cure: scale the rate.
 # 2. *It is thrown off at the start.* Full rate from the first step. Cure: warm up.
-# 3. *It does not bear the rate at all.* Beyond the elbow. Cures: a rate for every layer, or a search, both below; or fewer nodes.
+# 3. *It does not tolerate the rate at all.* Beyond the elbow. Cures: a rate for every layer, or a search, both below; or fewer nodes.
 #
 # ## Batch normalisation on many ranks
 #
@@ -211,7 +209,7 @@ differences.style.format("{:.1e}").set_caption("largest difference from the whol
 #
 # Which is better? Goyal et al. kept 32 samples per rank and *per-rank* statistics: then what the network computes for an image depends on 31 companions, however many ranks there are, and the same loss is minimised on any number of them. That is what the network above does at every batch (`GroupedBatchNormalization(32)`). Synchronise when a rank has only a few samples, as with large three-dimensional images.
 #
-# Two more of Goyal's points, for networks with residual blocks such as ResNet-50. The gain $\gamma$ of the *last* normalisation in each residual block begins at zero, so that at first every block does nothing and the network is shallow (`zero_gamma(model)`; worth 0.4 points at a batch of 8192). And weight decay is for the kernels, not for $\gamma$, $\beta$ and biases.
+# Two more of Goyal's points, for networks with residual blocks such as ResNet-50. The gain $\gamma$ of the *last* normalisation in each residual block begins at zero, so that at first every block does nothing and the network is shallow (`BatchNormalization(gamma_initializer="zeros")` there; worth 0.4 points at a batch of 8192). And weight decay is for the kernels, not for $\gamma$, $\beta$ and biases.
 #
 # ## How large a batch is worth it? Ask the gradients
 #
@@ -219,7 +217,7 @@ differences.style.format("{:.1e}").set_caption("largest difference from the whol
 #
 # $$B_\text{simple} = \frac{\text{variance of a single sample's gradient, all weights together}}{|\text{gradient}|^2}$$
 #
-# is the batch at which both are equal (McCandlish et al. 2018). And ranks measure it for nothing: each has the gradient of *its* samples, and after the allreduce that of all. If $g$ is a gradient over $b$ samples, then on average $|g|^2 = |G|^2 + S/b$. Two batch sizes, two equations, two unknowns: the true gradient's $|G|^2$ and the noise $S$.
+# is the batch at which both are equal (McCandlish et al. 2018). And ranks measure it at no extra cost: each has the gradient of *its* samples, and after the allreduce that of all. If $g$ is a gradient over $b$ samples, then on average $|g|^2 = |G|^2 + S/b$. Two batch sizes, two equations, two unknowns: the true gradient's $|G|^2$ and the noise $S$.
 #
 # **Predict:** does the noise scale grow or shrink during training? (What becomes of the average gradient near a minimum?)
 
@@ -230,9 +228,9 @@ def train_and_listen(task, recipe, epochs: int) -> "pd.DataFrame":
     import horovod.tensorflow as hvd
     import keras
 
-    from nurion_utils.large_batch import NoiseScale
-    from nurion_utils.training import BroadcastCallback, DistributedOptimizer
     from nurion_utils.datasets import Shard
+    from nurion_utils.large_batch import NoiseScale, make_optimizer
+    from nurion_utils.training import BroadcastCallback, DistributedOptimizer
 
     hvd.init()
     data = task.load()
@@ -240,7 +238,7 @@ def train_and_listen(task, recipe, epochs: int) -> "pd.DataFrame":
     noise = NoiseScale(batch_per_rank=shard.batch_size)
     keras.utils.set_random_seed(0)
     model = task.build()
-    optimizer = DistributedOptimizer(recipe.make_optimizer(len(data.x)), observer=noise)
+    optimizer = DistributedOptimizer(make_optimizer(recipe, len(data.x)), observer=noise)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
     model.fit(shard.dataset(data.x, data.y), steps_per_epoch=shard.steps, epochs=epochs, callbacks=[BroadcastCallback()], verbose=0)
     return noise.table(window=shard.steps // 2)
@@ -338,7 +336,7 @@ chosen.style.format("{:g}").set_caption("tuned rates")
 #
 # ## Where the rules fail: search
 #
-# Beyond the elbow no rule says what to set; it is a search over rate, warm-up, weight decay and optimizer. `search` puts all ranks on one study of the library Optuna: each takes a trial and reports its result, and bad trials are ended early. The study is a file, so it can be stopped and resumed.
+# Beyond the elbow no rule says what to set; it is a search over rate, warm-up, weight decay and optimizer. `search` puts all ranks on one study of the library Optuna: each takes a trial and reports its result until there are as many as asked for, and bad trials are ended early. With `path=` the study is kept in a folder, so that it can be stopped and resumed.
 
 # %%
 space = {"base_rate": (0.02, 4.0), "warmup_epochs": (0.5, 5.0), "weight_decay": (1e-5, 1e-3), "optimizer": ["sgd", "lars"]}
@@ -349,16 +347,14 @@ print(f"batch {search_batch}: linear rule with warm-up {ruled['validation_error'
 study.drop(columns="rank").head(5).style.format(precision=3).format("{:.0e}", subset="weight_decay")
 
 # %% [markdown]
-# (Validation errors, in per cent; for a report, train the winner with new seeds and look at the test images once.) The search brings it from guessing to something that has learned, and still far from the base: the live task has 40 steps at this batch, and no setting makes 40 steps enough. It has also cost 16 times two trainings. That is the price of a batch beyond the elbow. KISTI's paper on Nurion says the same: the rule is good up to a batch of about 8000 on ImageNet, and what comes after resembles a search for hyper-parameters. (A trial more than asked for can appear, because another rank was still at work on it.)
+# (Validation errors, in per cent; for a report, train the winner with new seeds and look at the test images once.) The search brings it from guessing to something that has learned, and still far from the base: the live task has 40 steps at this batch, and no setting makes 40 steps enough. It has also cost 16 times two trainings. That is the price of a batch beyond the elbow. KISTI's paper on Nurion says the same: the rule is good up to a batch of about 8000 on ImageNet, and what comes after resembles a search for hyper-parameters.
 #
 # ## What it costs in node-hours
 #
-# More nodes with 32 samples each make a larger batch and fewer steps: time falls with $S$. Node-hours are nodes times time, so they grow with $E$. For a picture of the cost, take the *steps* of our digits and the *seconds* of a ResNet-50 on Nurion: 32 images at about 60 per second and node, plus an allreduce of its 102 MB of gradients by Rabenseifner's algorithm on links of 12.3 GB/s ([notebook 02](02_ring_allreduce.ipynb)), some 0.02 s:
+# More nodes with 32 samples each make a larger batch and fewer steps: time falls with $S$. Node-hours are nodes times time, so they grow with $E$. For a picture of the cost, take the *steps* of our digits and the *seconds* of a ResNet-50 on Nurion: 32 images at about 60 per second and node, plus an allreduce of its 102 MB of gradients by Rabenseifner's algorithm on Nurion's links ([notebook 02](02_ring_allreduce.ipynb)), some 0.02 s:
 
 # %%
-from nurion_utils import allreduce
-
-link = allreduce.Link(alpha_s=2.5e-6, beta_s_per_byte=1 / 12.3e9)
+link = allreduce.FatTree.of(nurion).link
 rows = []
 for row in large_batch.tradeoff([32 * 2**k for k in range(1, 11)], fitted.steps_min, fitted.samples_min).itertuples():
     n = int(row.batch // 32)
@@ -371,7 +367,7 @@ cost.style.format({"steps": "{:,.0f}", "minutes": "{:.1f}", "node_hours": "{:.1f
 
 # %% alt="Node-hours against minutes to the target, one point per number of nodes, joined by a line. From 2 to some 32 nodes time falls and node-hours hardly rise; beyond some 128, node-hours rise steeply while time hardly falls."
 figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
-axis.loglog(cost["minutes"], cost["node_hours"], color="#0072B2", marker="o", ms=5)
+axis.loglog(cost["minutes"], cost["node_hours"], color=style.BLUE, marker="o", ms=5)
 for row in cost.itertuples():
     axis.annotate(f" {row.nodes}", (row.minutes, row.node_hours), fontsize=8, va="bottom")
 axis.set_xticks([0.5, 1, 2, 5, 10, 20, 50], [0.5, 1, 2, 5, 10, 20, 50])
@@ -475,7 +471,7 @@ assert lars_difference < 1e-12
 last = [float(course.split()[-1]) for course in report.loc[(report["method"] == "linear") & (report["batch"] == 4096), "validation_errors"]]
 assert len(last) == 12 and min(last) > 60
 assert 1000 < fitted.batch < 20_000
-assert study["validation_error"].iloc[0] < ruled["validation_error"].mean()
+assert len(study) == search_trials and study["validation_error"].iloc[0] < ruled["validation_error"].mean()
 assert cost["minutes"].is_monotonic_decreasing and cost["node_hours"].is_monotonic_increasing
 
 # %% [markdown]

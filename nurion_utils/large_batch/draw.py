@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nurion_utils import style
 from nurion_utils._checks import require_columns
 from nurion_utils.large_batch.experiment import summarise
 
@@ -14,13 +15,13 @@ if TYPE_CHECKING:
 
 # Told apart without colour too.
 STYLES = {
-    "fixed": ("#D55E00", "--", "s"),
-    "square root": ("#E69F00", "-.", "v"),
-    "linear": ("#56B4E9", ":", "^"),
-    "linear, warm-up": ("#0072B2", "-", "o"),
-    "SGD, tuned": ("black", (0, (5, 1)), "x"),
-    "LARS": ("#009E73", "-", "D"),
-    "LAMB": ("#CC79A7", "--", "P"),
+    "fixed": {"color": style.VERMILION, "ls": "--", "marker": "s"},
+    "square root": {"color": style.ORANGE, "ls": "-.", "marker": "v"},
+    "linear": {"color": style.SKY, "ls": ":", "marker": "^"},
+    "linear, warm-up": {"color": style.BLUE, "ls": "-", "marker": "o"},
+    "SGD, tuned": {"color": style.BLACK, "ls": (0, (5, 1)), "marker": "x"},
+    "LARS": {"color": style.GREEN, "ls": "-", "marker": "D"},
+    "LAMB": {"color": style.PINK, "ls": "--", "marker": "P"},
 }
 
 
@@ -33,50 +34,47 @@ def errors(table: pd.DataFrame, base_error: float | None = None, axis: Axes | No
         Columns method, batch, test_error; one row per training.
     base_error
         In per cent, of the batch from which the rules start: a line.
+    axis
+        Where to draw; by default a figure of its own.
     """
     require_columns(table, ["method", "batch", "test_error"])
     import matplotlib.pyplot as plt
 
     if axis is None:
-        figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    summary = summarise(table)
-    for method, (colour, dash, marker) in STYLES.items():
-        rows = summary[summary["method"] == method].sort_values("batch")
-        if len(rows):
-            settings = {"color": colour, "ls": dash, "marker": marker, "ms": 5, "capsize": 3, "lw": 1.3}
-            axis.errorbar(rows["batch"], rows["mean"], rows["half_interval"], label=method, **settings)
+        _, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    summary = summarise(table).sort_values("batch")
+    for method, look in STYLES.items():
+        if len(rows := summary[summary["method"] == method]):
+            settings = {"label": method, "ms": 5, "capsize": 3, "lw": 1.3, **look}
+            axis.errorbar(rows["batch"], rows["mean"], rows["half_interval"], **settings)
     if base_error is not None:
         axis.axhline(base_error, color="black", lw=0.8)
         place = {"xycoords": ("axes fraction", "data"), "xytext": (2, -3), "textcoords": "offset points", "fontsize": 8}
         axis.annotate("error at a batch of 32", (0.25, base_error), va="top", **place)
-    batch_axis(axis, sorted(table["batch"].unique()))
+    batch_axis(axis, table["batch"])
     axis.set(yscale="log", ylabel="test error, %", ylim=(10, 100))
     axis.set_yticks([10, 15, 20, 30, 50, 100], [10, 15, 20, 30, 50, 100])
     axis.minorticks_off()
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(fontsize=8)
     return axis.figure
 
 
 def courses(table: pd.DataFrame, batch: int) -> Figure:
     """Validation error after each epoch at one batch, a line for each training.
 
-    Parameters
-    ----------
-    table
-        Columns method, batch, and validation_errors: a list, or a text of numbers as in recorded tables.
+    `table` has the columns method, batch, and validation_errors: a list, or a text of numbers as in recorded tables.
     """
     require_columns(table, ["method", "batch", "validation_errors"])
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     rows = table[table["batch"] == batch]
-    for method, (colour, dash, marker) in STYLES.items():
+    for method, look in STYLES.items():
         for i, course in enumerate(rows.loc[rows["method"] == method, "validation_errors"]):
             course = [float(error) for error in (course.split() if isinstance(course, str) else course)]
-            epochs, label = range(1, len(course) + 1), method if i == 0 else None
-            axis.plot(epochs, course, color=colour, ls=dash, marker=marker, ms=4, lw=1.2, label=label)
+            axis.plot(range(1, len(course) + 1), course, ms=4, lw=1.2, label=None if i else method, **look)
     axis.set(xlabel="epoch", ylabel="validation error, %", ylim=(0, 100))
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(fontsize=8)
     return figure
 
 
@@ -96,26 +94,24 @@ def tradeoff(points: pd.DataFrame, curve: pd.DataFrame, critical: float) -> Figu
     from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    words = {"steps": "steps: the time it takes", "samples": "samples: the node-hours it costs"}
-    for axis, (name, title) in zip(axes, words.items(), strict=True):
-        axis.loglog(points["batch"], points[name], "o", color="#0072B2", label="measured")
-        axis.loglog(curve["batch"], curve[name], color="#0072B2", lw=1, label="fitted")
+    titles = {"steps": "steps: the time it takes", "samples": "samples: the node-hours it costs"}
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        axis.loglog(points["batch"], points[name], "o", color=style.BLUE, label="measured")
+        axis.loglog(curve["batch"], curve[name], color=style.BLUE, lw=1, label="fitted")
         axis.axvline(critical, color="black", ls=":", lw=1)
-        words = f"critical batch {critical:,.0f}"
         place = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "bottom", "fontsize": 8}
-        axis.annotate(words, (critical, 1.0), **place)
-        batch_axis(axis, sorted(points["batch"].unique()))
+        axis.annotate(f"critical batch {critical:,.0f}", (critical, 1.0), **place)
+        batch_axis(axis, points["batch"])
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axis.yaxis.set_major_formatter("{x:,.0f}")
         axis.set_title(title, pad=16)
         axis.set(ylabel=f"{name} to the target error")
-        axis.legend(frameon=False, fontsize=8, loc="lower left" if name == "steps" else "upper left")
+        axis.legend(fontsize=8, loc="lower left" if name == "steps" else "upper left")
     return figure
 
 
-def batch_axis(axis: Axes, batches: list[int]) -> None:
+def batch_axis(axis: Axes, batches: pd.Series) -> None:
     """A logarithmic axis with these batches as its ticks."""
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(batches, [f"{batch:,}" for batch in batches], rotation=45)
-    axis.minorticks_off()
+    style.log2_axis(axis, batches)
+    axis.tick_params("x", rotation=45)
     axis.set_xlabel("batch of all ranks")

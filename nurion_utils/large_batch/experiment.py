@@ -1,6 +1,6 @@
 """The experiment of notebook 05: test error against batch for seven ways to set the learning rate.
 
-    python -m nurion_utils.large_batch [RANKS]      makes data/large_batch_digits.csv again
+    python -m nurion_utils.recordings large_batch_digits      makes its table again
 
 Where a method's rate is free (LARS, LAMB, SGD without a rule) it is chosen on validation images, from a grid, for
 each batch; all are reported on test images that nothing was chosen on.
@@ -8,20 +8,19 @@ each batch; all are reported on test images that nothing was chosen on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nurion_utils import recordings
+from nurion_utils import ranks
 from nurion_utils._checks import require_columns
 from nurion_utils.large_batch.recipes import Recipe
+from nurion_utils.large_batch.sweeping import sweep
 from nurion_utils.large_batch.tasks import DigitsTask
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from nurion_utils.ranks import World
 
 SAMPLES = 131_072
 BATCHES = (512, 2048, 4096, 8192, 16_384)
@@ -65,27 +64,11 @@ def constant(batch: int) -> list[Recipe]:
     return [Recipe(batch, base_batch=batch, base_rate=rate, **settings) for rate in rates]
 
 
-def methods(batch: int, rates: Mapping[tuple[str, int], float]) -> dict[str, Recipe]:
-    """All recipes for a batch; `rates` by method and batch, as `best_rates` finds them."""
-    free = {method: at_rate(method, batch, rates[method, batch]) for method in GRIDS if (method, batch) in rates}
-    return by_rule(batch) | free
-
-
 def best_rates(table: pd.DataFrame) -> dict[tuple[str, int], float]:
     """By method and batch, the rate with the smallest mean validation error among the rows of part "tuning"."""
     rows = table[table["part"] == "tuning"]
     means = rows.groupby(["method", "batch", "rate"])["validation_error"].mean()
     return {key: float(of_key.idxmin()[2]) for key, of_key in means.groupby(["method", "batch"])}
-
-
-def recorded() -> pd.DataFrame:
-    """The experiment as it was recorded: one row per training, of part "tuning", "report" or "constant"."""
-    return recordings.load("large_batch_digits")
-
-
-def published() -> pd.DataFrame:
-    """Figures of others: study, batch, setting, value, quantity, unit, status, source."""
-    return recordings.load("published_large_batch")
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -102,28 +85,44 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     return result.reset_index()
 
 
-def run(world: World | None, batches: Iterable[int] = BATCHES, path: str | None = None) -> pd.DataFrame:
-    """Tune, then report, then without decay; some twenty minutes on two cores."""
+def run(world: ranks.World | None, batches: Iterable[int] = BATCHES, path: str | None = None) -> pd.DataFrame:
+    """Tune, then report, then train without decay; some fifteen minutes on two cores.
+
+    Parameters
+    ----------
+    world
+        Ranks to spread the trainings over; None for this process alone.
+    batches
+        Samples per step of all ranks together.
+    path
+        Folder of what is done, for a run that may be cut off.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As of `sweep`, with the columns part ("tuning", "report", "constant"), method and rate.
+    """
     import pandas as pd
 
-    from nurion_utils.large_batch.sweeping import sweep
-
     task = DigitsTask(SAMPLES)
+
+    def part(name: str, recipes: dict[tuple, Recipe], seeds: range) -> pd.DataFrame:
+        table = sweep(recipes, seeds, world, task, path)
+        rates = table["name"].map({key: recipe.peak_rate for key, recipe in recipes.items()})
+        return table.assign(part=name, method=[key[0] for key in table["name"]], rate=rates)
+
     tried = {(m, b, rate): at_rate(m, b, rate) for b in batches for m, rates in GRIDS.items() for rate in rates}
-    tuning = _tidy(sweep(tried, TUNING_SEEDS, world, task, path), "tuning", lambda key: key[0])
+    tuning = part("tuning", tried, TUNING_SEEDS)
     rates = best_rates(tuning)
-    reported = {(name, b): recipe for b in batches for name, recipe in methods(b, rates).items()}
-    reported["base", 32] = Recipe(32)
-    report = _tidy(sweep(reported, SEEDS, world, task, path), "report", lambda key: key[0])
-    steady = {("constant", i, b): recipe for b in (32, *batches) for i, recipe in enumerate(constant(b))}
-    constants = _tidy(sweep(steady, TUNING_SEEDS, world, task, path), "constant", lambda key: key[0])
-    return pd.concat([tuning, report, constants], ignore_index=True)
+    reported = {(m, b): recipe for b in batches for m, recipe in by_rule(b).items()}
+    reported |= {(m, b): at_rate(m, b, rate) for (m, b), rate in rates.items()} | {("base", 32): Recipe(32)}
+    steady = {("constant", b, i): recipe for b in (32, *batches) for i, recipe in enumerate(constant(b))}
+    parts = [tuning, part("report", reported, SEEDS), part("constant", steady, TUNING_SEEDS)]
+    return pd.concat(parts, ignore_index=True)
 
 
 def record() -> pd.DataFrame:
     """What ``data/large_batch_digits.csv`` holds, but for its source: `run` on 2 ranks."""
-    from nurion_utils import ranks
-
     with ranks.start(2) as world:
         table = run(world)
     courses = [" ".join(f"{error:.2f}" for error in errors) for errors in table["validation_errors"]]
@@ -131,10 +130,18 @@ def record() -> pd.DataFrame:
 
 
 def steps_to(table: pd.DataFrame, error: float, samples: int = SAMPLES) -> pd.DataFrame:
-    """What it takes to come to a validation error, in %, at each batch with the rate that comes there first.
+    """What it takes to come to a validation error at each batch, with the rate that comes there first.
 
-    From the rows of part "constant"; between two epochs the error is taken to fall in a straight line, and of the
-    seeds the mean counts.
+    Between two epochs the error is taken to fall in a straight line, and of the seeds the mean counts.
+
+    Parameters
+    ----------
+    table
+        As of `run`, or as recorded; the rows of part "constant" count.
+    error
+        The target, in %.
+    samples
+        Images in an epoch.
 
     Returns
     -------
@@ -154,11 +161,3 @@ def steps_to(table: pd.DataFrame, error: float, samples: int = SAMPLES) -> pd.Da
             rows.append((batch, rate, epoch * -(-samples // batch), epoch * samples))
     found = pd.DataFrame(rows, columns=["batch", "rate", "steps", "samples"])
     return found.loc[found.groupby("batch")["steps"].idxmin()].reset_index(drop=True)
-
-
-def _tidy(table: pd.DataFrame, part: str, method: Any) -> pd.DataFrame:
-    rates = [
-        Recipe(**{key: row[key] for key in ("batch", "base_batch", "base_rate", "rule")}).peak_rate
-        for row in table.to_dict("records")
-    ]
-    return table.assign(part=part, method=table["name"].map(method), rate=rates)

@@ -4,22 +4,19 @@
 >>> recipe.peak_rate, recipe.rate(0.0), recipe.rate(5.0)
 (3.2, 0.1, 3.2)
 
-What reads it: `Recipe.rates`, the table that a sweep trains with; `Recipe.schedule`, which is the same table as a
-Keras learning-rate schedule; `Recipe.make_optimizer`; and the models that predict what a run costs.
+What reads it: sweeps and searches, which train with `Recipe.rates`; `RecipeSchedule`, the same table as a Keras
+learning-rate schedule; `make_optimizer`; and the models that predict what a run costs.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from nurion_utils._checks import positive, whole_number
-
-if TYPE_CHECKING:
-    import keras
+from nurion_utils._checks import number, one_of, positive, whole_number
 
 RULES = {"fixed": lambda k: 1.0, "square root": math.sqrt, "linear": float}
 WARMUPS = ("none", "constant", "gradual")
@@ -48,7 +45,7 @@ class Recipe:
         Passes over the data.
     warmup, warmup_epochs, warmup_from
         "gradual": from `warmup_from` up to the full rate in a straight line; "constant": at `warmup_from`, then a
-        jump.  `warmup_from` is the base rate unless given; LARS and LAMB are usually started from 0.
+        jump. `warmup_from` is the base rate unless given; LARS and LAMB are usually started from 0.
     decay, milestones, decay_factor
         "steps": times `decay_factor` at each of `milestones`, in parts of all epochs; "cosine": down to zero along
         half a cosine, from the end of the warm-up on; "none".
@@ -56,8 +53,8 @@ class Recipe:
         "sgd" (with momentum), "lars" or "lamb".
     momentum, weight_decay
         Weight decay applies to kernels only, not to biases and batch normalisation.
-    trust
-        LARS' trust coefficient.
+    trust_coefficient
+        Of LARS: the share of its own length that a layer may move by at a rate of 1.
     """
 
     batch: int
@@ -74,22 +71,20 @@ class Recipe:
     optimizer: Literal["sgd", "lars", "lamb"] = "sgd"
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    trust: float = 0.1
+    trust_coefficient: float = 0.1
 
     def __post_init__(self) -> None:
-        try:
-            for name in ("batch", "base_batch"):
-                object.__setattr__(self, name, whole_number(getattr(self, name), name))
-            for name in ("base_rate", "epochs", "decay_factor", "trust"):
-                object.__setattr__(self, name, positive(getattr(self, name), name))
-            for name in ("warmup_epochs", "warmup_from", "momentum", "weight_decay"):
-                if (value := getattr(self, name)) is not None or name != "warmup_from":
-                    object.__setattr__(self, name, positive(value, name) if value != 0 else 0.0)
-        except ValueError as error:
-            raise RecipeError(str(error)) from None
+        checked = {name: whole_number(getattr(self, name), name, error=RecipeError) for name in ("batch", "base_batch")}
+        for name in ("base_rate", "epochs", "decay_factor", "trust_coefficient"):
+            checked[name] = positive(getattr(self, name), name, RecipeError)
+        for name in ("warmup_epochs", "warmup_from", "momentum", "weight_decay"):
+            if (value := getattr(self, name)) is not None or name != "warmup_from":
+                checked[name] = number(value, name, least=0, error=RecipeError)
+        checked["milestones"] = tuple(map(float, self.milestones))  # as it comes back from JSON
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         for name, known in {"rule": RULES, "warmup": WARMUPS, "decay": DECAYS, "optimizer": OPTIMIZERS}.items():
-            if getattr(self, name) not in known:
-                raise RecipeError(f"{name} is one of {', '.join(map(repr, known))}, not {getattr(self, name)!r}")
+            one_of(getattr(self, name), name, known, RecipeError)
         if (self.warmup == "none") != (self.warmup_epochs == 0):
             raise RecipeError("a warm-up needs both its kind and its length: warmup='gradual', warmup_epochs=5")
         if self.warmup_epochs > self.epochs:
@@ -98,23 +93,8 @@ class Recipe:
             )
         if self.momentum >= 1:
             raise RecipeError(f"momentum must be below 1, not {self.momentum!r}")
-        object.__setattr__(self, "milestones", tuple(map(float, self.milestones)))  # as it comes back from JSON
         if any(not 0 < at <= 1 for at in self.milestones) or list(self.milestones) != sorted(self.milestones):
             raise RecipeError(f"milestones are parts of the training, in order, as (1/3, 2/3), not {self.milestones}")
-
-    @classmethod
-    def for_ranks(cls, batch_per_rank: int, ranks: int | None = None, **settings: Any) -> Recipe:
-        """The recipe for a batch on every rank; `ranks` is Horovod's world size unless given."""
-        if ranks is None:
-            import horovod.tensorflow as hvd
-
-            hvd.init()
-            ranks = hvd.size()
-        try:
-            batch = whole_number(batch_per_rank, "batch_per_rank") * whole_number(ranks, "ranks")
-        except ValueError as error:
-            raise RecipeError(str(error)) from None
-        return cls(batch, **settings)
 
     @property
     def peak_rate(self) -> float:
@@ -155,27 +135,6 @@ class Recipe:
         """The learning rate of each step, float32, shape (steps,)."""
         at = np.arange(self.steps(samples)) / self.steps_per_epoch(samples)
         return np.asarray(self.rate(at), np.float32)
-
-    def schedule(self, samples: int) -> keras.optimizers.schedules.LearningRateSchedule:
-        """The same as a Keras schedule, which saves and loads with the optimizer."""
-        from nurion_utils.large_batch.learning_rate import RecipeSchedule
-
-        return RecipeSchedule(self, samples)
-
-    def make_optimizer(self, samples: int) -> keras.optimizers.Optimizer:
-        """A Keras optimizer that trains by this recipe; for several ranks, put `DistributedOptimizer` around it."""
-        import keras
-
-        from nurion_utils.large_batch.optimizers import LARS, CorrectedSGD, exclude_vectors
-
-        rate = self.schedule(samples)
-        if self.optimizer == "lars":
-            return LARS(rate, self.momentum, weight_decay=self.weight_decay, trust_coefficient=self.trust)
-        if self.optimizer == "lamb":
-            optimizer = keras.optimizers.Lamb(rate, weight_decay=self.weight_decay)
-        else:
-            optimizer = CorrectedSGD(rate, self.momentum, weight_decay=self.weight_decay)
-        return exclude_vectors(optimizer)
 
     def changed(self, **settings: Any) -> Recipe:
         """The same recipe with other settings."""

@@ -1,9 +1,9 @@
-"""Many small trainings at once, in one compiled step: lanes that differ in seed, learning rate or weight decay.
+"""Many small trainings at once, in one compiled step: replicas that differ in seed, learning rate or weight decay.
 
 A small network leaves a core waiting most of the time: for Python between the steps, for memory between matrices
-that are too small to be worth the call.  Lanes of equal shape share both.  Everything that a lane does is Keras'
-own: the layers of the task's model through ``stateless_call``, the optimizer through its ``update_step``.  So a lane
-comes to what ``fit`` comes to with the same seed, to rounding.
+that are too small to be worth the call. Replicas of equal shape share both. All that a replica does is Keras' own:
+the layers of the task's model through ``stateless_call``, the optimizer through its ``update_step``. So a replica
+ends with the same result as ``fit`` with the same seed, to rounding.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import numpy as np
 import tensorflow as tf
 
 from nurion_utils.datasets import Shard
+from nurion_utils.large_batch.optimizers import make_optimizer
 from nurion_utils.large_batch.recipes import Recipe, RecipeError
 from nurion_utils.large_batch.tasks import Task
 
-# What lanes of one step may differ in: settings of the optimizer by their names in a recipe.
-PER_LANE = {"momentum": "momentum", "weight_decay": "weight_decay", "trust": "trust_coefficient"}
+# What replicas of one step may differ in: settings of the recipe and, under the same name, of its optimizer.
+PER_REPLICA = ("momentum", "weight_decay", "trust_coefficient")
 
 
 def train(
@@ -53,61 +54,35 @@ def train(
     began = time.perf_counter()
     data, recipe = task.load(), recipes[0]
     samples = len(data.x)
-    lanes = _Lanes.of(task, recipe.optimizer, len(runs))
+    trained = _Replicas.of(task, recipe.optimizer, len(runs))
     rates = np.stack([r.rates(samples) for r in recipes], axis=1)
-    settings = {name: np.array([getattr(r, name) for r in recipes], np.float32) for name in PER_LANE}
+    settings = {name: np.array([getattr(r, name) for r in recipes], np.float32) for name in PER_REPLICA}
     shards = [Shard(samples, 1, 0, recipe.batch, seed) for seed in seeds]
-    state = lanes.begin(seeds)
+    state = trained.begin(seeds)
     errors, at, loss = [], 0, np.full(len(runs), np.nan)
     while at < len(rates):
         plans = [shard.epoch(len(errors)) for shard in shards]
         indices, weights = (np.stack(part, axis=1)[: len(rates) - at] for part in zip(*plans, strict=True))
         count = len(indices)
-        state, loss = lanes.steps(state, rates[at : at + count], settings, indices.astype(np.int32), weights)
+        state, loss = trained.steps(state, rates[at : at + count], settings, indices.astype(np.int32), weights)
         at += count
-        errors.append(lanes.error(state, data.x_validation, data.y_validation))
+        errors.append(trained.error(state, data.x_validation, data.y_validation))
         if on_epoch is not None and on_epoch(len(errors), errors[-1]):
             break
-    test = lanes.error(state, data.x_test, data.y_test)
+    test = trained.error(state, data.x_test, data.y_test)
     time_s = (time.perf_counter() - began) / len(runs)
     loss = np.asarray(loss)
     return [
         {
-            "validation_error": [float(error[lane]) for error in errors],
-            "test_error": float(test[lane]),
-            "loss": float(loss[lane]),
-            "diverged": not np.isfinite(loss[lane]),
+            "validation_error": [float(error[replica]) for error in errors],
+            "test_error": float(test[replica]),
+            "loss": float(loss[replica]),
+            "diverged": not np.isfinite(loss[replica]),
             "steps": at,
             "time_s": time_s,
         }
-        for lane in range(len(runs))
+        for replica in range(len(runs))
     ]
-
-
-def fit(task: Task, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """The same training by Keras' own ``compile`` and ``fit``, one at a time; returns a subset of what `train` does."""
-    data = task.load()
-    samples = len(data.x)
-    shard = Shard(samples, 1, 0, recipe.batch, seed)
-    keras.utils.set_random_seed(seed)
-    model = task.build()
-    model.compile(recipe.make_optimizer(samples), _loss(), metrics=["accuracy"], jit_compile=False)
-    history = model.fit(
-        shard.dataset(data.x, data.y),
-        steps_per_epoch=shard.steps,
-        epochs=round(recipe.epochs),
-        validation_data=(data.x_validation, data.y_validation),
-        validation_batch_size=2000,
-        shuffle=False,  # the shard does
-        verbose=0,
-    )
-    test = model.evaluate(data.x_test, data.y_test, batch_size=2000, verbose=0, return_dict=True)
-    accuracy = np.array(history.history["val_accuracy"])
-    return {
-        "validation_error": (100 * (1 - accuracy)).tolist(),
-        "test_error": 100 * (1 - test["accuracy"]),
-        "steps": recipe.steps(samples),
-    }
 
 
 def _loss() -> keras.losses.Loss:
@@ -120,27 +95,26 @@ def _training_data(task: Task) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.constant(data.x), tf.constant(data.y)
 
 
-class _Lanes:
-    """A model and an optimizer whose variables exist once for each lane, and the compiled step."""
+class _Replicas:
+    """A model and an optimizer whose variables exist once for each replica, and the compiled step."""
 
     @staticmethod
     @cache  # tracing and compiling take longer than many a training
-    def of(task: Task, optimizer: str, count: int) -> _Lanes:
-        return _Lanes(task, optimizer, count)
+    def of(task: Task, optimizer: str, count: int) -> _Replicas:
+        return _Replicas(task, optimizer, count)
 
     def __init__(self, task: Task, optimizer: str, count: int):
         self.task, self.count = task, count
         self.x, self.y = _training_data(task)
         self.model = task.build()
-        batch = 1  # the optimizer's kind is all that matters here
-        self.optimizer = Recipe(batch, base_batch=batch, optimizer=optimizer).make_optimizer(len(self.x))
+        self.optimizer = make_optimizer(Recipe(1, optimizer=optimizer), len(self.x))  # only its kind matters here
         self.optimizer.build(self.model.trainable_variables)
         self._let_the_optimizer_work_in_a_scope()
-        self._steps = tf.function(self._all_steps, jit_compile=True)
+        self.steps = tf.function(self._all_steps, jit_compile=True)
         self._predict = tf.function(self._all_predictions, jit_compile=True)
 
     def _let_the_optimizer_work_in_a_scope(self) -> None:
-        """Keras' TensorFlow optimizers write to tf.Variables, past the scope in which a lane keeps its values."""
+        """Keras' TensorFlow optimizers write to tf.Variables, past the scope in which a replica keeps its values."""
         place = {id(variable): i for i, variable in enumerate(self.model.trainable_variables)}
         instead = {
             "assign": lambda variable, value: variable.assign(value),
@@ -153,17 +127,16 @@ class _Lanes:
 
     def begin(self, seeds: Sequence[int]) -> tuple[list[tf.Tensor], ...]:
         """The state before the first step: trainable variables, others, those of the optimizer."""
-        lanes = []
+        replicas = []
         for seed in seeds:
             keras.utils.set_random_seed(seed)
             model = self.task.build()
-            lanes.append([[v.numpy() for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables)])
-        trainable, others = ([np.stack(vs) for vs in zip(*part, strict=True)] for part in zip(*lanes, strict=True))
+            replicas.append(
+                [[v.numpy() for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables)]
+            )
+        trainable, others = ([np.stack(vs) for vs in zip(*part, strict=True)] for part in zip(*replicas, strict=True))
         slots = [np.stack([v.numpy()] * len(seeds)) for v in self.optimizer.variables]
         return tuple([tf.constant(v) for v in part] for part in (trainable, others, slots))
-
-    def steps(self, state: Any, rates: Any, settings: dict[str, Any], indices: Any, weights: Any) -> tuple[Any, Any]:
-        return self._steps(state, rates, settings, indices, weights)
 
     def _all_steps(self, state: Any, rates: Any, settings: Any, indices: Any, weights: Any) -> tuple[Any, Any]:
         loss = tf.zeros([self.count])
@@ -181,14 +154,16 @@ class _Lanes:
             loss = _loss()(tf.gather(self.y, indices), output, sample_weight=weights)
         gradients = tape.gradient(loss, trainable)
         variables = [*model.trainable_variables, *optimizer.variables]
-        for name, attribute in PER_LANE.items():
-            if hasattr(optimizer, attribute):
-                object.__setattr__(optimizer, attribute, settings[name])
+        for name in PER_REPLICA:
+            if hasattr(optimizer, name):
+                object.__setattr__(optimizer, name, settings[name])
         object.__setattr__(optimizer, "_get_current_learning_rate", lambda: rate)
         before = [*trainable, *slots]
+        # what the loss does not depend on is left alone, as Keras does
+        pairs = [pair for pair in zip(gradients, model.trainable_variables, strict=True) if pair[0] is not None]
         with keras.StatelessScope(list(zip(variables, before, strict=True))) as scope:
-            optimizer._apply_weight_decay(model.trainable_variables)
-            for gradient, variable in zip(gradients, model.trainable_variables, strict=True):
+            optimizer._apply_weight_decay([variable for _, variable in pairs])
+            for gradient, variable in pairs:
                 optimizer.update_step(gradient, variable, rate)
             optimizer.iterations.assign(optimizer.iterations + 1)
         after = [scope.get_current_value(variable) for variable in variables]
@@ -197,12 +172,12 @@ class _Lanes:
         return state, loss
 
     def error(self, state: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Share of wrong answers of each lane, in per cent."""
+        """Share of wrong answers of each replica, in per cent."""
         wrong = self._predict(state[:2], tf.constant(x)).numpy() != y
         return 100 * wrong.mean(axis=1)
 
     def _all_predictions(self, state: tuple, x: tf.Tensor) -> tf.Tensor:
-        def predict(of_lane: tuple) -> tf.Tensor:
-            return tf.argmax(self.model.stateless_call(*of_lane, x, training=False)[0], axis=-1)
+        def predict(of_replica: tuple) -> tf.Tensor:
+            return tf.argmax(self.model.stateless_call(*of_replica, x, training=False)[0], axis=-1)
 
         return tf.vectorized_map(predict, state)

@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,8 @@ import numpy as np
 
 from nurion_utils._checks import whole_number
 from nurion_utils.large_batch.recipes import Recipe, RecipeError
+from nurion_utils.large_batch.shared_folder import claim, distinct_seeds, reason, shared_folder
+from nurion_utils.large_batch.tasks import DigitsTask
 from nurion_utils.ranks import identity, meter
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from nurion_utils.large_batch.tasks import Task
     from nurion_utils.ranks import World
 
-NAME = "search"
 Space = Mapping[str, tuple[float, float] | Sequence[Any]]
 
 
@@ -41,19 +40,23 @@ def search(
     task: Task | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:
-    """Look for the settings of a recipe with which it errs least on the validation images.
+    """Look for the settings of a recipe with the smallest error on the validation images.
 
-    Each rank takes trials until there are `trials` in the study; a trial trains `seeds` side by side, and is pruned
-    at an epoch, from the third on, at which it is worse than the median of the others.  One rank tries the same
-    settings in each search of its own; which rank of several takes the next trial is a matter of time.
+    Ranks take trials until there are exactly `trials` in the study, those that failed included. A trial trains
+    `seeds` side by side, and is pruned at an epoch, from the third on, at which it is worse than the median of the
+    others. One rank tries the same settings in each search of its own; which rank of several takes the next trial is
+    a matter of time.
 
     Parameters
     ----------
     space
         Settings of `Recipe` to choose: a tuple (low, high) of numbers, of which positive ones that span a factor of
         10 or more are drawn on a logarithmic scale, or a list of values.
+    trials
+        How many trials the study is to have in the end; one that already has as many is only read.
     path
-        Folder of the study; the same search, called again, goes on where it stopped.  None: nothing is kept.
+        Folder of the study; the same search, called again, goes on where it stopped. Trials that were cut off, by an
+        interrupt or with their rank, are not counted and made up for. None: nothing is kept.
 
     Returns
     -------
@@ -65,39 +68,33 @@ def search(
     Raises
     ------
     RecipeError
-        A setting does not exist or its range is none, or `path` holds another search; nothing was started.
+        A setting does not exist or its range is not valid, `path` holds another search, or another sweep or search is
+        using it; nothing was started.
+    RankError
+        A rank was lost; what was done is kept in `path`.
     """
-    from nurion_utils.large_batch.tasks import DigitsTask
-
-    require_space(recipe, space)
-    try:
-        trials, seeds = whole_number(trials, "trials"), [whole_number(seed, "a seed", least=0) for seed in seeds]
-    except (TypeError, ValueError) as error:
-        raise RecipeError(str(error)) from None
-    if not seeds:
-        raise RecipeError("a search needs seeds to train each trial with, such as (0, 1)")
+    _require_space(recipe, space)
+    trials, seeds = whole_number(trials, "trials", error=RecipeError), distinct_seeds(seeds)
     task = DigitsTask() if task is None else task
-    with contextlib.ExitStack() as stack:
-        folder = Path(path) if path is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder = folder.resolve()  # for the ranks, which may stand elsewhere
-        folder.mkdir(parents=True, exist_ok=True)
+    asked = {"recipe": recipe.as_dict(), "space": {name: repr(values) for name, values in space.items()}}
+    asked = json.loads(json.dumps({**asked, "seeds": seeds, "task": repr(task)}, default=str))
+    with shared_folder(path) as (folder, claims):
         study = _study(folder, 0)  # there before the ranks ask for it
-        begun = len(study.get_trials(deepcopy=False))
-        asked = {"recipe": recipe.as_dict(), "space": {name: repr(values) for name, values in space.items()}}
-        asked = json.loads(json.dumps({**asked, "seeds": seeds, "task": repr(task)}, default=str))
         if (known := study.user_attrs.get("asked", asked)) != asked:
             other = " and ".join(name for name in asked if asked[name] != known[name])
             raise RecipeError(f"{folder} holds a search with another {other}; give this one another path")
         study.set_user_attr("asked", asked)
-        arguments = (recipe, dict(space), trials, tuple(seeds), task, folder, begun)
+        _end_what_was_cut_off(study)
+        begun, left = len(study.get_trials(deepcopy=False)), trials - len(_counted(study))
+        arguments = (recipe, dict(space), seeds, task, claims, left, begun)
         if world is None:
-            work(*arguments)
-        else:
-            world.run(work, *arguments)
-        return read(folder)
+            run_trials(*arguments)
+        elif left > 0:
+            world.run(run_trials, *arguments)
+        return _table(_study(folder, 0))
 
 
-def require_space(recipe: Recipe, space: Space) -> None:
+def _require_space(recipe: Recipe, space: Space) -> None:
     if not space:
         raise RecipeError("the space is empty; name settings to choose, as {'base_rate': (0.1, 2.0)}")
     for name, values in space.items():
@@ -105,12 +102,12 @@ def require_space(recipe: Recipe, space: Space) -> None:
             raise RecipeError(f"a recipe has no setting {name!r}; it has {', '.join(recipe.as_dict())}")
         if name in ("batch", "epochs"):
             raise RecipeError(f"{name} is what the search is for, not what it chooses; set it in the recipe")
-        numbers = isinstance(values, tuple) and len(values) == 2
-        numbers = numbers and all(isinstance(end, int | float) and math.isfinite(end) for end in values)
-        if not (numbers and values[0] < values[1] or isinstance(values, list) and values):
+        pair = isinstance(values, tuple) and len(values) == 2
+        pair = pair and all(isinstance(end, int | float) and math.isfinite(end) for end in values)
+        if not (pair and values[0] < values[1] or isinstance(values, list) and values):
             raise RecipeError(f"{name} needs two numbers (low, high) or a list of values, not {values!r}")
         if name not in ("warmup", "warmup_epochs"):  # these depend on each other
-            for value in values:
+            for value in (*values, (values[0] + values[1]) / 2) if pair else values:
                 recipe.changed(**{name: value})  # RecipeError if it is impossible
 
 
@@ -121,7 +118,7 @@ def _study(folder: Path, seed: int) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna.create_study(
         storage=optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.log"))),
-        study_name=NAME,
+        study_name="search",
         load_if_exists=True,
         # several workers: a trial that is under way counts as a bad one, so that not all try the same
         sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=8),
@@ -129,49 +126,58 @@ def _study(folder: Path, seed: int) -> optuna.Study:
     )
 
 
-def work(recipe: Recipe, space: Space, trials: int, seeds: Sequence[int], task: Any, folder: Path, begun: int) -> None:
-    """What each rank does, in a study in which `begun` trials were begun before."""
+def _end_what_was_cut_off(study: optuna.Study) -> None:
+    """Nobody is at work here now, so what is under way will never end; it would count as bad for ever."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _counted(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """The trials that ended by themselves: those that were cut off have failed, but not said why."""
+    ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+    return [trial for trial in ended if trial.state.name != "FAIL" or "failure" in trial.user_attrs]
+
+
+def run_trials(
+    recipe: Recipe, space: Space, seeds: Sequence[int], task: Task, claims: Path, left: int, begun: int
+) -> None:
+    """What each rank does: claim the next of the trials that are left, and carry it out."""
+    rank = identity().rank
+    study = _study(claims.parent, seed=1000 * rank + begun)  # one that goes on must not draw the same settings again
+    tell = meter(left if rank == 0 else 0, "searching")
+    for _ in claim(claims, left):
+        study.optimize(lambda trial: _objective(trial, rank, recipe, space, seeds, task), n_trials=1, catch=Exception)
+        tell(1)
+
+
+def _objective(trial: optuna.Trial, rank: int, recipe: Recipe, space: Space, seeds: Sequence[int], task: Task) -> float:
     import optuna
 
     from nurion_utils.large_batch import replicas
 
-    rank = identity().rank
-    study = _study(folder, seed=1000 * rank + begun)  # a search that goes on must not draw the same settings again
-    tell = meter(trials if rank == 0 else 0, "searching")
+    trial.set_user_attr("rank", rank)
+    settings = {name: _suggest(trial, name, values) for name, values in space.items()}
+    if "warmup_epochs" in settings and "warmup" not in space and recipe.warmup == "none":
+        settings["warmup"] = "gradual" if settings["warmup_epochs"] else "none"
+    pruned = False
 
-    def objective(trial: optuna.Trial) -> float:
-        trial.set_user_attr("rank", rank)
-        settings = {name: _suggest(trial, name, values) for name, values in space.items()}
-        if "warmup_epochs" in settings and "warmup" not in space and recipe.warmup == "none":
-            settings["warmup"] = "gradual" if settings["warmup_epochs"] else "none"
-        pruned = False
+    def on_epoch(epoch: int, errors: np.ndarray) -> bool:
+        nonlocal pruned
+        trial.report(float(errors.mean()), epoch)
+        pruned = trial.should_prune()
+        return pruned
 
-        def on_epoch(epoch: int, errors: np.ndarray) -> bool:
-            nonlocal pruned
-            trial.report(float(errors.mean()), epoch)
-            pruned = trial.should_prune()
-            return pruned
-
-        try:
-            chosen = recipe.changed(**settings)
-        except RecipeError as error:
-            trial.set_user_attr("failure", str(error))
-            raise
+    try:
+        chosen = recipe.changed(**settings)
         results = replicas.train(task, [(chosen, seed) for seed in seeds], on_epoch)
-        if pruned:
-            raise optuna.TrialPruned
-        return float(np.mean([result["validation_error"][-1] for result in results]))
-
-    def ended() -> int:
-        return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
-
-    def stop_when_full(study: optuna.Study, trial: Any) -> None:
-        tell(1)
-        if ended() >= trials:
-            study.stop()
-
-    if ended() < trials:
-        study.optimize(objective, n_trials=trials, callbacks=[stop_when_full], catch=(ArithmeticError, RecipeError))
+    except Exception as error:
+        trial.set_user_attr("failure", reason(error))
+        raise
+    if pruned:
+        raise optuna.TrialPruned
+    return float(np.mean([result["validation_error"][-1] for result in results]))
 
 
 def _suggest(trial: optuna.Trial, name: str, values: Any) -> Any:
@@ -181,22 +187,19 @@ def _suggest(trial: optuna.Trial, name: str, values: Any) -> Any:
     return trial.suggest_float(name, low, high, log=low > 0 and high >= 10 * low)
 
 
-def read(folder: str | os.PathLike[str]) -> pd.DataFrame:
-    """The table of a stored study, as `search` returns it."""
+def _table(study: optuna.Study) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for trial in _study(Path(folder), 0).get_trials(deepcopy=False):
-        if trial.state.is_finished():
-            errors = trial.intermediate_values
-            rows.append(
-                {
-                    **{"trial": trial.number, "state": trial.state.name.lower().replace("fail", "failed")},
-                    "validation_error": errors[max(errors)] if errors else np.nan,
-                    **{"epochs": len(errors), "rank": trial.user_attrs.get("rank")},
-                    "failure": trial.user_attrs.get("failure", ""),
-                    **trial.params,
-                }
-            )
-    table = pd.DataFrame(rows)
-    return table.sort_values(["state", "validation_error"], ignore_index=True) if rows else table
+    for trial in _counted(study):
+        errors = trial.intermediate_values
+        rows.append(
+            {
+                **{"trial": trial.number, "state": trial.state.name.lower().replace("fail", "failed")},
+                "validation_error": errors[max(errors)] if errors else np.nan,
+                **{"epochs": len(errors), "rank": trial.user_attrs.get("rank")},
+                "failure": trial.user_attrs.get("failure", ""),
+                **trial.params,
+            }
+        )
+    return pd.DataFrame(rows).sort_values(["state", "validation_error"], ignore_index=True)

@@ -13,26 +13,22 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-import threading
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nurion_utils._checks import whole_number
 from nurion_utils.large_batch.recipes import Recipe, RecipeError
-from nurion_utils.ranks import identity, meter, somebody_watches
+from nurion_utils.large_batch.shared_folder import claim, distinct_seeds, reason, shared_folder
+from nurion_utils.large_batch.tasks import DigitsTask
+from nurion_utils.ranks import identity, meter
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
     from nurion_utils.large_batch.tasks import Task
     from nurion_utils.ranks import World
 
-LANES = 8  # trainings side by side; more gain little, and make the last ones to end longer
+SIDE_BY_SIDE = 8  # trainings in one compiled step; with more the last ones finish later, and little is gained
 Run = tuple[Recipe, int]
 
 
@@ -42,9 +38,8 @@ def sweep(
     world: World | None = None,
     task: Task | None = None,
     path: str | os.PathLike[str] | None = None,
-    show: Callable[[pd.DataFrame], Figure] | None = None,
 ) -> pd.DataFrame:
-    """Train every recipe with every seed.
+    """Train every recipe with every seed, each pair once, even if it is named twice.
 
     Parameters
     ----------
@@ -57,10 +52,7 @@ def sweep(
     task
         What to learn; `tasks.DigitsTask` unless given.
     path
-        Folder of what is done.  None: a temporary one, and nothing is kept.
-    show
-        Draws the table so far; a notebook then shows a figure that fills in as trainings end.  Where nobody watches
-        it is not called.
+        Folder of what is done. None: a temporary one, and nothing is kept.
 
     Returns
     -------
@@ -72,101 +64,82 @@ def sweep(
     Raises
     ------
     RecipeError
-        There is nothing to train, or a seed is no whole number; nothing was started.
+        There is nothing to train, a seed is not a whole number, or another sweep or search is using `path`; nothing
+        was started.
     RankError
         A rank was lost; what was done is kept in `path`.
     """
     import pandas as pd
 
-    from nurion_utils.large_batch.tasks import DigitsTask
-
-    named = dict(recipes) if isinstance(recipes, Mapping) else {i: recipe for i, recipe in enumerate(recipes)}
-    try:
-        seeds = [whole_number(seed, "a seed", least=0) for seed in seeds]
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
-    if not named or not seeds or not all(isinstance(recipe, Recipe) for recipe in named.values()):
-        raise RecipeError("a sweep needs recipes, as [Recipe(batch=512)], and seeds, as range(5)")
+    named = dict(recipes if isinstance(recipes, Mapping) else enumerate(recipes))
+    if not named or not all(isinstance(recipe, Recipe) for recipe in named.values()):
+        raise RecipeError("a sweep needs recipes, such as [Recipe(batch=512)]")
     task = DigitsTask() if task is None else task
-    wanted = {key_of(recipe, seed, task): (recipe, seed) for recipe in named.values() for seed in seeds}
-    with contextlib.ExitStack() as stack:
-        folder = Path(path) if path is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder.mkdir(parents=True, exist_ok=True)
-        todo = [run for key, run in wanted.items() if key not in read(folder)]
-        jobs = divide(todo, world.n if world else 1)
-        claims = folder / f"claims-{uuid.uuid4().hex[:8]}"
-        claims.mkdir()
-        stack.callback(shutil.rmtree, claims, ignore_errors=True)
-
-        def table() -> pd.DataFrame:
-            done, rows = read(folder), []
-            for name, recipe in named.items():
-                for seed in seeds:
-                    if (row := done.get(key_of(recipe, seed, task))) is not None:
-                        rows.append({"name": name, **recipe.as_dict(), "seed": seed, **row})
-            return pd.DataFrame(rows)
-
-        with _live(table, show):
-            if world is None:
-                work(task, jobs, folder, claims)
-            elif jobs:
-                world.run(work, task, jobs, folder, claims)
-        return table()
+    seeds = distinct_seeds(seeds)
+    keys = {(name, seed): key_of(recipe, seed, task) for name, recipe in named.items() for seed in seeds}
+    with shared_folder(path) as (folder, claims):
+        done = finished(folder)
+        todo = {key: (named[name], seed) for (name, seed), key in keys.items() if key not in done}
+        jobs = divide(list(todo.values()), world.n if world else 1)
+        if world is None:
+            train_jobs(task, jobs, claims)
+        elif jobs:
+            world.run(train_jobs, task, jobs, claims)
+        done = finished(folder)
+    return pd.DataFrame(
+        [{"name": name, **named[name].as_dict(), "seed": seed, **done[key]} for (name, seed), key in keys.items()]
+    )
 
 
 def key_of(recipe: Recipe, seed: int, task: Any) -> str:
+    """What tells a training from all others."""
     text = json.dumps([recipe.as_dict(), seed, repr(task)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def divide(runs: Sequence[Run], ranks: int) -> list[list[Run]]:
+def divide(runs: Sequence[Run], n_ranks: int) -> list[list[Run]]:
     """Jobs of trainings that go side by side, the longest first, so that the ranks end at about the same time."""
     groups: dict[tuple, list[Run]] = {}
     for recipe, seed in runs:
         groups.setdefault((recipe.batch, recipe.epochs, recipe.optimizer), []).append((recipe, seed))
     jobs = []
     for group in groups.values():
-        parts = max(-(-len(group) // LANES), min(ranks, len(group) // 2))  # all of one size: a size is compiled once
-        size = -(-len(group) // parts) if parts else len(group)
+        parts = max(-(-len(group) // SIDE_BY_SIDE), min(n_ranks, len(group) // 2))
+        size = -(-len(group) // parts)  # all of one size: a size is compiled once
         jobs += [group[i : i + size] for i in range(0, len(group), size)]
-    # small batches take more steps, and each costs something of its own
+    # small batches take more steps, and each has a cost of its own
     return sorted(jobs, key=lambda job: -len(job) * job[0][0].epochs * (1 + 100 / job[0][0].batch))
 
 
-def work(task: Any, jobs: Sequence[Sequence[Run]], folder: Path, claims: Path) -> None:
+def train_jobs(task: Task, jobs: Sequence[Sequence[Run]], claims: Path) -> None:
     """What each rank does: claim the next job that nobody has, carry it out, write down what came of it."""
-    from nurion_utils.large_batch import replicas
-
     rank = identity().rank
     tell = meter(sum(map(len, jobs)) if rank == 0 else 0, "training")
-    with open(folder / f"runs-{claims.name}-{rank}.jsonl", "a") as journal:
-        for number, job in enumerate(jobs):
-            try:
-                (claims / str(number)).touch(exist_ok=False)
-            except FileExistsError:
-                continue
-            for row in _carry_out(replicas, task, job):
+    with open(claims.parent / f"runs-{claims.name}-{rank}.jsonl", "a") as journal:
+        for number in claim(claims, len(jobs)):
+            for row in _carry_out(task, jobs[number]):
                 journal.write(json.dumps(row) + "\n")
             journal.flush()
-            tell(len(job))
+            tell(len(jobs[number]))
 
 
-def _carry_out(replicas: Any, task: Any, job: Sequence[Run]) -> list[dict[str, Any]]:
+def _carry_out(task: Task, job: Sequence[Run]) -> list[dict[str, Any]]:
+    from nurion_utils.large_batch import replicas
+
     try:
         results = replicas.train(task, job)
-    except Exception as error:  # of one training or of what they share: no reason to lose all others
-        results = [{"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}] * len(job)
+    except Exception as error:  # of one training or of what they share: not a reason to lose all others
+        results = [{"error": reason(error)} for _ in job]
     rows = []
     for (recipe, seed), result in zip(job, results, strict=True):
-        errors = result.pop("validation_error", None)
-        if errors:
-            result = {"test_error": result.pop("test_error"), "validation_error": errors[-1], **result}
-            result["validation_errors"] = errors
+        if errors := result.pop("validation_error", None):
+            last = {"test_error": result.pop("test_error"), "validation_error": errors[-1]}
+            result = {**last, **result, "validation_errors": errors}
         rows.append({"key": key_of(recipe, seed, task), "error": None, **result})
     return rows
 
 
-def read(folder: Path) -> dict[str, dict[str, Any]]:
+def finished(folder: Path) -> dict[str, dict[str, Any]]:
     """What was done, by `key_of`."""
     rows = {}
     for file in sorted(folder.glob("runs-*.jsonl")):
@@ -175,32 +148,3 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
                 row = json.loads(line)
                 rows[row.pop("key")] = row
     return rows
-
-
-@contextlib.contextmanager
-def _live(table: Callable[[], pd.DataFrame], show: Callable[[pd.DataFrame], Figure] | None) -> Iterator[None]:
-    """A figure that is drawn anew every few seconds, by a thread, while this one waits for the ranks."""
-    if show is None or not somebody_watches():
-        yield
-        return
-    import matplotlib.pyplot as plt
-    from IPython.display import display
-
-    handle, over = display("the figure begins with the first results", display_id=True), threading.Event()
-
-    def draw() -> None:
-        seen, last = 0, False
-        while not last:
-            last = over.wait(2.0)
-            if len(rows := table()) > seen:
-                seen, figure = len(rows), show(rows)
-                handle.update(figure)
-                plt.close(figure)  # or the notebook would show it once more at the end
-
-    thread = threading.Thread(target=draw, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()

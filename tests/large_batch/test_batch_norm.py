@@ -6,16 +6,12 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from keras.layers import Activation, Add, BatchNormalization, Concatenate, Conv2D, Dense
+from keras.layers import Activation, BatchNormalization, Concatenate, Conv2D, Dense
 
-from nurion_utils.large_batch.batch_norm import GroupedBatchNormalization, SyncBatchNormalization, zero_gamma
-from nurion_utils.training import models
+from nurion_utils.large_batch.batch_norm import GroupedBatchNormalization, SyncBatchNormalization
 
 few = settings(max_examples=25, deadline=None)
 STEPS = 5
-
-
-# --- over all ranks
 
 
 def network(norm: type[keras.Layer], masked: bool = False, dtype: str = "float64", **settings) -> keras.Model:
@@ -87,7 +83,7 @@ def test_two_ranks_normalise_as_one_with_the_whole_batch(world2, shares):
 
 
 def test_samples_that_are_masked_count_on_no_rank(world2):
-    # Keras adds 1e-7 to their number, so that its mean is none exactly
+    # Keras adds 1e-7 to their number, so that its mean is not exact
     assert distance_from_the_whole_batch(world2, [9, 3], masked=True) < 1e-7
 
 
@@ -163,9 +159,6 @@ def test_horovods_own_layer_cannot_be_made_with_keras_3_which_is_why_ours_exists
         hvd.SyncBatchNormalization()
 
 
-# --- over groups
-
-
 @few
 @given(
     groups=st.integers(1, 4),
@@ -214,7 +207,7 @@ def test_one_rank_with_groups_equals_ranks_that_do_not_synchronise(world2):
 def test_many_networks_side_by_side_in_one_compiled_step_normalise_as_one_at_a_time():
     model = keras.Sequential([keras.Input((4, 4, 3)), Conv2D(5, 3), GroupedBatchNormalization(2)])
     rng = np.random.default_rng(0)
-    lanes = [
+    replicas = [
         [rng.normal(size=(3, *v.shape)).astype("float32") for v in variables]
         for variables in (model.trainable_variables, model.non_trainable_variables)
     ]
@@ -224,11 +217,11 @@ def test_many_networks_side_by_side_in_one_compiled_step_normalise_as_one_at_a_t
         outputs, others = model.stateless_call(*elements, training=True)
         return [tf.convert_to_tensor(value) for value in (outputs, *others)]
 
-    found = tf.function(lambda *elements: tf.vectorized_map(one, elements), jit_compile=True)(*lanes, x)
-    for lane in range(3):
-        expected = one([*([v[lane] for v in part] for part in lanes), x[lane]])
+    found = tf.function(lambda *elements: tf.vectorized_map(one, elements), jit_compile=True)(*replicas, x)
+    for replica in range(3):
+        expected = one([*([v[replica] for v in part] for part in replicas), x[replica]])
         for ours, theirs in zip(found, expected, strict=True):
-            np.testing.assert_allclose(ours[lane].numpy(), theirs.numpy(), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(ours[replica].numpy(), theirs.numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
@@ -267,58 +260,3 @@ def test_layers_save_and_load_in_a_model(norm, tmp_path):
 def test_what_cannot_be_grouped_is_refused_in_one_sentence(make, word):
     with pytest.raises(ValueError, match=word):
         make()
-
-
-# --- zero gamma
-
-
-def residual(projected: bool = False) -> keras.Model:
-    """Two blocks, with identity or projected shortcuts; what joins a block is said first or last."""
-    x = inputs = keras.Input((4, 4, 3))
-    for i in range(2):
-        shortcut = BatchNormalization(name=f"shortcut_{i}")(Conv2D(3, 1)(x)) if projected else x
-        y = BatchNormalization(name=f"inner_{i}")(Conv2D(5, 3, padding="same")(x))
-        y = Conv2D(3, 3, padding="same")(Activation("relu")(y))
-        y = BatchNormalization(name=f"last_{i}")(y)
-        x = Add()([shortcut, y] if i else [y, shortcut])
-    return keras.Model(inputs, x)
-
-
-def test_with_gamma_zero_each_block_is_the_identity_at_first():
-    model, x = residual(), np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype("float32")
-    assert not np.allclose(model(x), x, atol=0.1)
-    assert zero_gamma(model) == ["last_0", "last_1"]
-    for training in (False, True):
-        np.testing.assert_array_equal(model(x, training=training), x)
-
-
-def test_the_normalisation_of_a_projected_shortcut_keeps_its_gamma():
-    model = residual(projected=True)
-    assert zero_gamma(model) == ["last_0", "last_1"]
-    zeros = {layer.name for layer in model.layers if hasattr(layer, "gamma") and not np.any(layer.gamma)}
-    assert zeros == {"last_0", "last_1"}
-
-
-def test_blocks_within_an_inner_model_and_derived_normalisations_count():
-    inner = residual()
-    assert zero_gamma(keras.Sequential([inner, keras.layers.Flatten(), Dense(2)])) == ["last_0", "last_1"]
-    x = keras.Input((3,))
-    block = keras.Model(x, Add()([x, GroupedBatchNormalization(2, name="grouped")(Dense(3)(x))]))
-    assert zero_gamma(block) == ["grouped"]
-
-
-def test_resnet_50_has_sixteen_blocks():
-    blocks = [(stage, block) for stage, count in {2: 3, 3: 4, 4: 6, 5: 3}.items() for block in range(1, count + 1)]
-    assert zero_gamma(models.resnet50()) == [f"conv{stage}_block{block}_3_bn" for stage, block in blocks]
-
-
-def normalised_before_the_block_only() -> keras.Model:
-    x = keras.Input((3,))
-    h = BatchNormalization()(x)
-    return keras.Model(x, Add()([h, Dense(3)(h)]))
-
-
-@pytest.mark.parametrize("model", [models.mlp, normalised_before_the_block_only])
-def test_a_model_without_residual_blocks_is_refused_by_name(model):
-    with pytest.raises(ValueError, match="no residual block"):
-        zero_gamma(model())

@@ -12,17 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from keras.optimizers import SGD, Adam, LossScaleOptimizer, MultiOptimizer, OptimizerMap
 
-from nurion_utils.large_batch.noise_scale import (
-    NoiseScale,
-    critical_batch,
-    estimate,
-    noise_table,
-    split_noise_scale,
-    tradeoff,
-)
+from nurion_utils.large_batch.critical import critical_batch, tradeoff
+from nurion_utils.large_batch.noise_scale import NoiseScale, estimate, noise_table
 
 # Where the loss is the mean of w . x, a sample's gradient is x itself: G is the mean of x and S the trace of its
-# covariance.  Here every step is such a draw, and a rate of 0 would change nothing.
+# covariance. Here every step is such a draw, and a rate of 0 would change nothing.
 MEAN, DEVIATION = np.linspace(-0.5, 0.5, 10), np.linspace(1.0, 3.0, 10)
 GRADIENT_SQ, NOISE = float(MEAN @ MEAN), float(DEVIATION @ DEVIATION)
 BATCH = 16
@@ -113,6 +107,12 @@ def train(optimizer: keras.optimizers.Optimizer, eager: bool = False) -> keras.M
     return model
 
 
+def of_parts(gradients: np.ndarray, batch: int) -> tuple[float, float]:
+    """|G|^2 and S from the gradients of the parts of one batch, shape (parts, weights), of `batch` samples each."""
+    mean = gradients.mean(axis=0)
+    return estimate((gradients**2).sum(axis=1).mean(), mean @ mean, batch, batch * len(gradients))
+
+
 def test_while_a_perceptron_trains_the_estimate_is_that_of_its_saved_gradients(world2):
     def save_and_measure():
         from mpi4py.MPI import COMM_WORLD as world
@@ -131,10 +131,11 @@ def test_while_a_perceptron_trains_the_estimate_is_that_of_its_saved_gradients(w
         return saved, noise.table(window=14), in_graph.table(window=14)
 
     saved, table, in_graph = world2.run(save_and_measure, timeout_s=120)[0]
-    steps = [split_noise_scale(gradients, 32) for gradients in saved]
+    flat = [np.array([np.concatenate([np.ravel(g) for g in part]) for part in parts], float) for parts in saved]
+    steps = [of_parts(gradients, 32) for gradients in flat]
     assert table["step"].tolist() == [14, 28, 42, 56]
     for k, row in table.iterrows():
-        gradient_sq, noise, _ = np.mean(steps[14 * k : 14 * k + 14], axis=0)
+        gradient_sq, noise = np.mean(steps[14 * k : 14 * k + 14], axis=0)
         assert row["gradient_sq"] == pytest.approx(gradient_sq, rel=1e-4)
         assert row["noise"] == pytest.approx(noise, rel=1e-4)
         assert row["noise_scale"] == pytest.approx(noise / gradient_sq, rel=1e-4)
@@ -329,40 +330,20 @@ gradients_of_parts = shapes.flatmap(lambda shape: arrays(float, shape, elements=
 @given(gradients_of_parts, st.integers(1, 64))
 def test_noise_is_the_trace_of_the_covariance_of_the_parts_times_their_batch(gradients, batch):
     trace = gradients.var(axis=0, ddof=1).sum()
-    assert split_noise_scale(gradients, batch).noise == pytest.approx(batch * trace, rel=1e-6, abs=1e-6)
+    assert of_parts(gradients, batch)[1] == pytest.approx(batch * trace, rel=1e-6, abs=1e-6)
 
 
 @given(gradients_of_parts, st.integers(1, 64))
 def test_the_squared_gradient_is_the_mean_product_of_different_parts(gradients, batch):
     products = gradients @ gradients.T
     mean = products[~np.eye(len(products), dtype=bool)].mean()
-    assert split_noise_scale(gradients, batch).gradient_sq == pytest.approx(mean, rel=1e-6, abs=1e-6)
-
-
-@given(gradients_of_parts, st.integers(1, 64), st.floats(0.1, 10))
-def test_the_noise_scale_does_not_depend_on_the_unit_of_the_loss(gradients, batch, factor):
-    one, other = split_noise_scale(gradients, batch), split_noise_scale(factor * gradients, batch)
-    assert other.noise == pytest.approx(factor**2 * one.noise, rel=1e-6, abs=1e-6)
-    if one.gradient_sq > 1:
-        assert other.noise_scale == pytest.approx(one.noise_scale, rel=1e-6, abs=1e-6)
+    assert of_parts(gradients, batch)[0] == pytest.approx(mean, rel=1e-6, abs=1e-6)
 
 
 @given(st.floats(0, 100), st.floats(0, 100), st.integers(1, 100), st.integers(1, 100))
 def test_the_estimate_inverts_what_noise_does_to_the_squared_length(gradient_sq, noise, small, more):
     lengths = [gradient_sq + noise / batch for batch in (small, small + more)]
     assert estimate(*lengths, small, small + more) == pytest.approx((gradient_sq, noise), rel=1e-6, abs=1e-6)
-
-
-def test_gradients_may_come_as_a_list_for_each_part():
-    rng = np.random.default_rng(0)
-    parts = [[rng.normal(size=(3, 2)), rng.normal(size=2)] for _ in range(4)]
-    flat = [np.concatenate([kernel.ravel(), bias]) for kernel, bias in parts]
-    assert split_noise_scale(parts, 8) == split_noise_scale(flat, 8)
-
-
-def test_one_part_shows_no_noise():
-    with pytest.raises(ValueError, match="at least 2 parts, not 1"):
-        split_noise_scale([np.ones(3)], 8)
 
 
 def test_the_batches_must_differ():

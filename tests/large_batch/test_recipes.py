@@ -1,4 +1,4 @@
-"""A recipe is one formula: its table, its schedule, what resumes and what a change of the world makes of it."""
+"""A recipe is one formula: its table, its schedule, and what resumes."""
 
 import json
 
@@ -9,9 +9,9 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nurion_utils.large_batch import Recipe, RecipeError, RecipeSchedule
-from nurion_utils.large_batch.optimizers import LARS, CorrectedSGD, Lamb
-from nurion_utils.large_batch.recipes import DECAYS, OPTIMIZERS, RULES, WARMUPS
+from nurion_utils.large_batch import Recipe, RecipeSchedule
+from nurion_utils.large_batch.optimizers import LARS, CorrectedSGD, Lamb, make_optimizer
+from nurion_utils.large_batch.recipes import DECAYS, OPTIMIZERS, RULES, WARMUPS, RecipeError
 
 some = settings(max_examples=100, deadline=None)
 WARM = Recipe(256, warmup="gradual", warmup_epochs=2, epochs=10)  # 8 times the base batch: from 0.05 up to 0.4
@@ -37,9 +37,6 @@ def recipes(draw) -> Recipe:
 
 
 samples = st.integers(100, 1000)
-
-
-# --- the formula
 
 
 def test_a_batch_k_times_as_large_has_a_rate_k_or_square_root_k_times_as_high_or_the_same():
@@ -99,9 +96,6 @@ def test_a_recipe_comes_back_from_json_as_it_was(recipe):
     assert Recipe(**json.loads(json.dumps(recipe.as_dict()))) == recipe
 
 
-# --- the schedule
-
-
 @some
 @given(recipes(), samples, st.data())
 def test_a_schedule_reads_the_recipes_table_and_stays_at_its_last_rate(recipe, samples, data):
@@ -111,7 +105,7 @@ def test_a_schedule_reads_the_recipes_table_and_stays_at_its_last_rate(recipe, s
 
 
 def test_a_step_may_be_a_number_a_tensor_or_a_variable_and_compiled():
-    schedule = WARM.schedule(2560)
+    schedule = RecipeSchedule(WARM, 2560)
     compiled = [tf.function(schedule, jit_compile=jit) for jit in (False, True)]
     for step in (0, 7, 20, 99):
         kinds = [step, np.int64(step), tf.constant(step), keras.Variable(step, dtype="int64")]
@@ -120,17 +114,12 @@ def test_a_step_may_be_a_number_a_tensor_or_a_variable_and_compiled():
 
 
 @some
-@given(recipes(), samples, st.data())
-def test_a_schedule_comes_back_equal_with_all_its_changes(recipe, samples, data):
+@given(recipes(), samples)
+def test_a_schedule_comes_back_equal(recipe, samples):
     schedule = RecipeSchedule(recipe, samples)
-    for _ in range(data.draw(st.integers(0, 3))):
-        least = schedule.changes[-1][0] if schedule.changes else 0
-        step = data.draw(st.integers(least, len(schedule.rates) - 1))
-        schedule = schedule.changed(step, batch=data.draw(st.integers(1, 100)))
-    back = keras.optimizers.schedules.deserialize(
-        json.loads(json.dumps(keras.optimizers.schedules.serialize(schedule)))
-    )
-    assert type(back) is RecipeSchedule and back.get_config() == schedule.get_config() and back.recipe == recipe
+    saved = json.loads(json.dumps(keras.optimizers.schedules.serialize(schedule)))
+    back = keras.optimizers.schedules.deserialize(saved)
+    assert type(back) is RecipeSchedule and back.recipe == recipe
     np.testing.assert_array_equal(back.rates, schedule.rates)
 
 
@@ -149,7 +138,7 @@ def batches(sizes: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_run_saved_in_the_middle_of_the_warm_up_goes_on_as_if_it_never_stopped(optimizer, tmp_path):
     recipe = WARM.changed(optimizer=optimizer, base_rate=0.01)
-    whole, stopped = (model(recipe.make_optimizer(2560)) for _ in range(2))
+    whole, stopped = (model(make_optimizer(recipe, 2560)) for _ in range(2))
     for x, y in batches([8] * 20):
         whole.train_on_batch(x, y)
     for x, y in batches([8] * 20)[:7]:
@@ -164,68 +153,13 @@ def test_a_run_saved_in_the_middle_of_the_warm_up_goes_on_as_if_it_never_stopped
 
 
 def test_a_recipe_makes_the_optimizer_that_it_names_with_its_settings():
-    made = {name: WARM.changed(optimizer=name, momentum=0, trust=0.02).make_optimizer(2560) for name in OPTIMIZERS}
+    made = {
+        name: make_optimizer(WARM.changed(optimizer=name, momentum=0, trust_coefficient=0.02), 2560)
+        for name in OPTIMIZERS
+    }
     assert [type(made[name]) for name in ("sgd", "lars", "lamb")] == [CorrectedSGD, LARS, Lamb]
     assert made["lars"].trust_coefficient == 0.02 and made["sgd"].momentum == made["lars"].momentum == 0
     assert all(optimizer.weight_decay == 1e-4 for optimizer in made.values())
-
-
-# --- another world size in mid-run
-
-
-@some
-@given(recipes(), samples, st.data())
-def test_after_a_change_the_run_keeps_its_place_and_takes_the_new_batchs_rate_there(recipe, samples, data):
-    before = RecipeSchedule(recipe, samples)
-    for _ in range(data.draw(st.integers(1, 3))):
-        least = before.changes[-1][0] if before.changes else 0
-        step, batch = data.draw(st.integers(least, len(before.rates) - 1)), data.draw(st.integers(1, 100))
-        after = before.changed(step, batch=batch)
-        per_epoch = -(-samples // batch)
-        np.testing.assert_array_equal(after.rates[:step], before.rates[:step])
-        assert after.epochs[step] == before.epochs[step] and after.batch == batch
-        np.testing.assert_allclose(np.diff(after.epochs[step:]), 1 / per_epoch, rtol=1e-6)
-        end = after.epochs[-1] + 1 / per_epoch
-        assert abs(end - recipe.epochs) <= 0.5001 / per_epoch or len(after.rates) == step + 1
-        expected = recipe.changed(batch=batch).rate(after.epochs[step:])
-        np.testing.assert_array_equal(after.rates[step:], expected.astype(np.float32))
-        before = after
-
-
-def test_two_ranks_of_four_are_lost_in_the_warm_up_and_return_after_it():
-    """Four ranks of 64: 10 steps an epoch, a peak of 0.4; two of them: 20 steps, and 0.2."""
-    alone = WARM.schedule(2560)
-    fewer = alone.changed(10, ranks=(4, 2))
-    again = fewer.changed(10 + 40, ranks=(2, 4))
-    assert fewer.batch == 128 and again.batch == 256
-    rates = again.rates
-    assert rates[9] == np.float32(0.05 + 0.35 * 0.45)  # epoch 0.9 of the ascent to 0.4
-    assert rates[10] == np.float32(0.05 + 0.15 * 0.5)  # epoch 1 of that to 0.2
-    assert rates[30] == np.float32(0.2)  # epoch 2, its end
-    assert rates[50] == np.float32(0.4) and again.epochs[50] == 3.0
-    assert len(alone.rates) == 100 and len(fewer.rates) == 190 and len(again.rates) == 10 + 40 + 70
-
-
-def test_a_model_in_training_takes_the_changed_schedule():
-    recipe = Recipe(16, base_batch=16, rule="linear", epochs=2, decay="none", momentum=0.9)
-    network = model(recipe.make_optimizer(160))
-    for x, y in batches([16] * 5):
-        network.train_on_batch(x, y)
-    network.optimizer.learning_rate = recipe.schedule(160).changed(5, ranks=(2, 1))
-    network.make_train_function(force=True)
-    assert float(network.optimizer.learning_rate) == np.float32(0.025)
-    by_hand = model(CorrectedSGD(0.05, 0.9, weight_decay=1e-4))
-    for x, y in batches([16] * 5):
-        by_hand.train_on_batch(x, y)
-    by_hand.optimizer.learning_rate = 0.025
-    for x, y in batches([8] * 5):
-        for network_ in (network, by_hand):
-            network_.train_on_batch(x, y)
-    for ours, theirs in zip(network.get_weights(), by_hand.get_weights(), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
-
-
-# --- what is refused
 
 
 @pytest.mark.parametrize(
@@ -234,29 +168,19 @@ def test_a_model_in_training_takes_the_changed_schedule():
         (lambda: Recipe(-1), "batch must be a whole number from 1 up, not -1"),
         (lambda: Recipe(2.5), "batch must be a whole number"),
         (lambda: Recipe(32, base_rate=float("nan")), "base_rate must be a number above 0"),
-        (lambda: Recipe(32, warmup_from=-1), "warmup_from must be a number above 0"),
-        (lambda: Recipe(32, weight_decay="much"), "weight_decay must be a number above 0"),
-        (lambda: Recipe(32, rule="cubic"), "rule is one of 'fixed', 'square root', 'linear', not 'cubic'"),
+        (lambda: Recipe(32, warmup_from=-1), "warmup_from must be a number from 0"),
+        (lambda: Recipe(32, weight_decay="much"), "weight_decay must be a number from 0"),
+        (lambda: Recipe(32, rule="cubic"), "rule must be one of 'fixed', 'square root', 'linear', not 'cubic'"),
         (lambda: Recipe(32, warmup="gradual"), "a warm-up needs both its kind and its length"),
         (lambda: Recipe(32, warmup_epochs=1), "a warm-up needs both its kind and its length"),
         (lambda: Recipe(32, warmup="gradual", warmup_epochs=11), "a warm-up of 11 epochs is longer than the training"),
         (lambda: Recipe(32, momentum=1), "momentum must be below 1"),
         (lambda: Recipe(32, milestones=(0.5, 0.2)), "milestones are parts of the training, in order"),
-        (lambda: Recipe.for_ranks(0, 4), "batch_per_rank must be a whole number"),
-        (lambda: Recipe.for_ranks(8, -4), "ranks must be a whole number"),
         (lambda: Recipe(2000).rates(1000), "a batch of 2,000 is larger than the data, 1,000 samples"),
         (lambda: Recipe(32, epochs=0.001).rates(100), "0.001 epochs of 100 samples are less than a step of 32"),
         (lambda: RecipeSchedule({"batch": 32}, 100), "a schedule is made from a recipe"),
         (lambda: RecipeSchedule(Recipe(32), 0), "samples must be a whole number"),
         (lambda: RecipeSchedule(Recipe(2000), 1000), "larger than the data"),
-        (lambda: WARM.schedule(2560).changed(3), "say either the ranks before and after"),
-        (lambda: WARM.schedule(2560).changed(3, ranks=(4, 2), batch=64), "say either the ranks before and after"),
-        (lambda: WARM.schedule(2560).changed(3, ranks=2), "ranks are those before and after"),
-        (lambda: WARM.schedule(2560).changed(3, ranks=(3, 2)), "was not shared evenly by 3 ranks"),
-        (lambda: WARM.schedule(2560).changed(3, batch=9999), "larger than the data"),
-        (lambda: WARM.schedule(2560).changed(100, batch=64), "step 100 lies past the training, which has 100 steps"),
-        (lambda: WARM.schedule(2560).changed(-1, batch=64), "step must be a whole number from 0 up"),
-        (lambda: WARM.schedule(2560).changed(9, batch=64).changed(8, batch=32), "before the last change, at step 9"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_sentence(make, sentence):

@@ -178,24 +178,6 @@ def test_a_notebook_shows_one_progress_bar_for_all_ranks(notebook: Notebook, cel
     assert len(outputs.shown) == 1 and (outputs.printed, outputs.error) == ("", "")
 
 
-SWEEP = """
-import matplotlib.pyplot as plt
-from nurion_utils.large_batch import DigitsTask, Recipe, sweep
-drawn = []
-def show(table):
-    drawn.append(len(table))
-    return plt.subplots()[0]
-recipes = [Recipe(128, base_rate=0.001 * (i + 1), epochs=4) for i in range(40)]
-sweep(recipes, [0], world, DigitsTask(samples=1024), show=show);
-"""
-
-
-def test_a_sweep_shows_one_figure_that_fills_in_while_ranks_train(notebook: Notebook) -> None:
-    outputs = notebook.run(SWEEP, timeout_s=120)
-    assert not outputs.error and len([text for text in outputs.shown if text.startswith("<Figure")]) == 1
-    assert notebook.run("drawn[-1] == 40 and drawn == sorted(set(drawn))").shown == ["True"]
-
-
 def test_what_tells_its_progress_on_ranks_only_iterates_in_the_notebook_itself(notebook: Notebook) -> None:
     outputs = notebook.run("from nurion_utils import ranks\nsum(ranks.progress(range(4)))")
     assert (outputs.shown, outputs.printed, outputs.error, outputs.widgets) == (["6"], "", "", {})

@@ -1,12 +1,14 @@
 """How many small trainings a minute: a sweep on two ranks, on one, and a plain loop of Keras' fit on one."""
 
 import time
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from blocks import alternate
 
 from nurion_utils import ranks
-from nurion_utils.large_batch import DigitsTask, Recipe, sweep
+from nurion_utils.large_batch import DigitsTask, Recipe, make_optimizer, sweep
 
 FITS = 3  # of the loop in a block; it takes as long for each
 
@@ -25,17 +27,46 @@ def measure(batch: int, seeds: int = 32, epochs: int = 5, pairs: int = 5) -> pd.
         contenders = {
             "two ranks": lambda: sweeping(two),
             "one rank": lambda: sweeping(one),
-            "fit": lambda: one.run(_fit, task, recipe)[0],
+            "fit": lambda: one.run(_fits, task, recipe)[0],
         }
         for warm_up in contenders.values():
             warm_up()
         return alternate(contenders, pairs)
 
 
-def _fit(task: DigitsTask, recipe: Recipe) -> float:
-    from nurion_utils.large_batch import replicas
-
+def _fits(task: DigitsTask, recipe: Recipe) -> float:
     begin = time.perf_counter()
     for seed in range(FITS):
-        replicas.fit(task, recipe, seed)
+        fit(task, recipe, seed)
     return (time.perf_counter() - begin) / FITS
+
+
+def fit(task: DigitsTask, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """What a sweep does for one training, by Keras' own ``compile`` and ``fit``."""
+    import keras
+
+    from nurion_utils.datasets import Shard
+
+    data = task.load()
+    samples = len(data.x)
+    shard = Shard(samples, 1, 0, recipe.batch, seed)
+    keras.utils.set_random_seed(seed)
+    model = task.build()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(make_optimizer(recipe, samples), loss, metrics=["accuracy"], jit_compile=False)
+    history = model.fit(
+        shard.dataset(data.x, data.y),
+        steps_per_epoch=shard.steps,
+        epochs=round(recipe.epochs),
+        validation_data=(data.x_validation, data.y_validation),
+        validation_batch_size=2000,
+        shuffle=False,  # the shard does
+        verbose=0,
+    )
+    test = model.evaluate(data.x_test, data.y_test, batch_size=2000, verbose=0, return_dict=True)
+    accuracy = np.array(history.history["val_accuracy"])
+    return {
+        "validation_error": (100 * (1 - accuracy)).tolist(),
+        "test_error": 100 * (1 - test["accuracy"]),
+        "steps": recipe.steps(samples),
+    }
