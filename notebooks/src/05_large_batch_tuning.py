@@ -67,7 +67,7 @@ plt.show()
 # | `decay`, `milestones` | the rate falls to a tenth after these parts of the training |
 # | `optimizer`, `momentum`, `weight_decay`, `trust_coefficient` | `"sgd"`, `"lars"` or `"lamb"`, and their settings |
 #
-# With 32 samples a step, a rate of 0.05 is good here. The network's batch normalisation always works on groups of 32 samples, as 64 ranks with 32 each would do for a batch of 2048; more on that below.
+# What cannot be trained, such as a warm-up that is longer than the training, is refused with a `RecipeError`. With 32 samples a step, a rate of 0.05 is good here. The network's batch normalisation always works on groups of 32 samples, as 64 ranks with 32 each would do for a batch of 2048; more on that below.
 
 # %%
 base = Recipe(batch=32, base_batch=32, base_rate=0.05, epochs=10)
@@ -218,6 +218,8 @@ differences.style.format("{:.1e}").set_caption("largest difference from the whol
 # $$B_\text{simple} = \frac{\text{variance of a single sample's gradient, all weights together}}{|\text{gradient}|^2}$$
 #
 # is the batch at which both are equal (McCandlish et al. 2018). And ranks measure it at no extra cost: each has the gradient of *its* samples, and after the allreduce that of all. If $g$ is a gradient over $b$ samples, then on average $|g|^2 = |G|^2 + S/b$. Two batch sizes, two equations, two unknowns: the true gradient's $|G|^2$ and the noise $S$.
+#
+# Below, `make_optimizer` makes a Keras optimizer of a recipe, with its rates as a schedule (`RecipeSchedule`) that is saved and loaded with the model.
 #
 # **Predict:** does the noise scale grow or shrink during training? (What becomes of the average gradient near a minimum?)
 

@@ -1,4 +1,4 @@
-"""Large batches: how the learning rate follows them, optimizers that bear them, and where they stop paying.
+"""Large batches: how the learning rate follows them, optimizers that tolerate them, and where they stop paying.
 
 >>> from nurion_utils.large_batch import Recipe
 >>> Recipe(batch=8192, base_batch=256, base_rate=0.1).peak_rate
