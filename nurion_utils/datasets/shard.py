@@ -1,17 +1,21 @@
 """Which rank trains on which sample, in which step: the plan of every epoch, as data.
 
-The plan answers three questions at once.  All ranks take the same number of steps, so none waits for ever
-in an allreduce.  Every sample is trained on exactly once per epoch, whatever N mod (P x B) is.  And P ranks
-of batch B take the same steps as one rank of batch P x B: the weights make the average over ranks of the
-local losses equal the plain mean over the samples of the step, also in the uneven last one.
+The plan answers three questions at once. All ranks take the same number of steps, so none waits for ever in an
+allreduce. Every sample counts once per epoch, whatever N mod (P x B) is. And P ranks of batch B take the same steps
+as one rank of batch P x B: the weights make the average over ranks of the local losses equal the plain mean over the
+samples of the step, also in the uneven last one, and no rank is shown a sample that does not belong to the step, so
+statistics over a batch, such as those of batch normalisation, are right as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+from nurion_utils._checks import whole_number
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -56,11 +60,8 @@ class Shard:
 
     def __post_init__(self) -> None:
         for name, least in [("samples", 1), ("world_size", 1), ("batch_size", 1), ("rank", 0), ("seed", 0)]:
-            value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}.")
-        if self.rank >= self.world_size:
-            raise ValueError(f"rank must be below world_size, {self.world_size}, not {self.rank}.")
+            whole_number(getattr(self, name), name, least=least)
+        whole_number(self.rank, "rank", least=0, most=self.world_size - 1)
 
     @property
     def steps(self) -> int:
@@ -74,29 +75,36 @@ class Shard:
         -------
         indices : numpy.ndarray, int64, shape (steps, batch_size)
         weights : numpy.ndarray, float32, shape (steps, batch_size)
-            1 in a full step.  A last step with only R < P x B samples deals them out as evenly as it can and
-            gives them P x B / R; the empty slots repeat a sample with weight 0, which changes nothing.
+            For losses that divide by `batch_size`: 1 in a full step. A last step with only R < P x B samples deals
+            them out as evenly as it can and gives them P x B / R. With R < P each sample goes to ceil(P / R) ranks
+            or slots, which share its weight: then each rank has one sample, or two (and if `batch_size` is 1, one
+            column more). What remains empty repeats the rank's samples of that step with weight 0.
         """
         order = np.random.default_rng([self.seed, epoch]).permutation(self.samples)
         slots = self.world_size * self.batch_size
         full, tail = divmod(self.samples, slots)
-        indices = np.full((self.steps, self.batch_size), order[0])
-        weights = np.zeros((self.steps, self.batch_size), np.float32)
-        indices[:full] = order[: full * slots].reshape(full, self.world_size, self.batch_size)[:, self.rank]
-        weights[:full] = 1
+        copies = -(-self.world_size // tail) if tail else 1
+        width = max(self.batch_size, -(-tail * copies // self.world_size))
+        indices = np.full((self.steps, width), order[0])
+        weights = np.zeros((self.steps, width), np.float32)
+        indices[:full, : self.batch_size] = order[: full * slots].reshape(full, self.world_size, self.batch_size)[
+            :, self.rank
+        ]
+        weights[:full, : self.batch_size] = 1
         if tail:
-            mine = np.array_split(order[full * slots :], self.world_size)[self.rank]
-            indices[-1, : len(mine)] = mine
-            weights[-1, : len(mine)] = slots / tail
+            mine = np.array_split(np.tile(order[full * slots :], copies), self.world_size)[self.rank]
+            indices[-1] = np.resize(mine, width)
+            weights[-1, : len(mine)] = slots / (tail * copies)
         return indices, weights
 
     def dataset(self, x: Any, y: Any = None, *, start_epoch: int = 0) -> tf.data.Dataset:
         """Batches (x, y, weight) of this rank, epoch after epoch without end.
 
-        >>> model.fit(shard.dataset(x, y), steps_per_epoch=shard.steps, epochs=3)
+        >>> model.fit(shard.dataset(x, y), steps_per_epoch=shard.steps, epochs=3)  # doctest: +SKIP
 
-        Keras' own losses divide by the batch size, which is what the weights assume; name metrics in
-        ``compile(weighted_metrics=...)``, so that they too leave out the empty slots.
+        Empty slots of `epoch` are left out, so the last batch of an epoch may be smaller. Keras' own losses divide by
+        the size of the batch, which is what these weights assume; they differ from 1 in that batch only, and there
+        only where ranks have unequally many samples. Name metrics in ``compile(weighted_metrics=...)``.
 
         Parameters
         ----------
@@ -104,34 +112,42 @@ class Shard:
         start_epoch : int
             Where to begin, for a run that resumes.
         """
-        for data in (x,) if y is None else (x, y):
-            if len(data) != self.samples:
-                raise ValueError(f"The data must hold the shard's {self.samples} samples, not {len(data)}.")
-        if y is None and not hasattr(x, "read"):
-            raise ValueError("Give dataset(x, y) two arrays, or one reader with a read(indices) method.")
+        size = None if self.samples % (self.world_size * self.batch_size) else self.batch_size
+        load = self._loader(x, y, size)
         import tensorflow as tf
-
-        if y is not None:
-            x, y = tf.convert_to_tensor(x), tf.convert_to_tensor(y)
-
-            def load(indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-                return tf.gather(x, indices), tf.gather(y, indices)
-
-        else:
-            first = x.read(np.zeros(1, int))
-            dtypes, shapes = [part.dtype for part in first], [part.shape[1:] for part in first]
-
-            def load(indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-                parts = zip(tf.numpy_function(x.read, [indices], dtypes), shapes, strict=True)
-                return tuple(tf.ensure_shape(part, (self.batch_size, *shape)) for part, shape in parts)
 
         def steps_of(epoch: tf.Tensor) -> tf.data.Dataset:
             # One call into Python per epoch, not per step.
             indices, weights = tf.numpy_function(self.epoch, [epoch], [tf.int64, tf.float32])
-            shape = (self.steps, self.batch_size)
+            shape = (self.steps, None)
             return tf.data.Dataset.from_tensor_slices(
                 (tf.ensure_shape(indices, shape), tf.ensure_shape(weights, shape))
             )
 
-        plan = tf.data.Dataset.counter(start_epoch).flat_map(steps_of)
-        return plan.map(lambda indices, weights: (*load(indices), weights)).prefetch(2)
+        def batch(indices: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            used = weights > 0
+            weights = weights[used] * (tf.reduce_sum(tf.cast(used, tf.float32)) / self.batch_size)
+            return *load(indices[used]), tf.ensure_shape(weights, (size,))
+
+        return tf.data.Dataset.counter(start_epoch).flat_map(steps_of).map(batch).prefetch(2)
+
+    def _loader(self, x: Any, y: Any, size: int | None) -> Callable[[tf.Tensor], tuple[tf.Tensor, ...]]:
+        """From indices to a batch of so many samples; ValueError if the data are of another length, or cannot be."""
+        for data in (x,) if y is None else (x, y):
+            if len(data) != self.samples:
+                raise ValueError(f"the data must hold the shard's {self.samples} samples, not {len(data)}")
+        if y is None and not hasattr(x, "read"):
+            raise ValueError("give dataset(x, y) two arrays, or one reader with a read(indices) method")
+        import tensorflow as tf
+
+        if y is not None:
+            arrays = tf.convert_to_tensor(x), tf.convert_to_tensor(y)
+            return lambda indices: tuple(tf.ensure_shape(tf.gather(a, indices), (size, *a.shape[1:])) for a in arrays)
+        first = x.read(np.zeros(1, int))
+        dtypes, shapes = [part.dtype for part in first], [part.shape[1:] for part in first]
+
+        def load(indices: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            parts = zip(tf.numpy_function(x.read, [indices], dtypes), shapes, strict=True)
+            return tuple(tf.ensure_shape(part, (size, *shape)) for part, shape in parts)
+
+        return load

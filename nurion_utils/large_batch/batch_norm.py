@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import keras
@@ -27,7 +28,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     The mean is found first and then the mean square about it: two allreduces of as many numbers as there are
     channels, and two more in the backward pass, but no difference of large squares as in E[x^2] - E[x]^2.
 
-    All ranks must call the layer equally often in training.  XLA cannot compile it.
+    All ranks must call the layer equally often in training. XLA cannot compile it. A layer with a name of its own
+    meets that of the same name on the other ranks; layers that Keras named meet in the order in which they are called.
     """
 
     def __init__(self, *args: Any, **settings: Any):
@@ -50,7 +52,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             inputs = tf.where(mask, inputs, 0)
             count = tf.reduce_sum(tf.cast(mask, inputs.dtype), self._reduction_axes)
         local = tf.stack([tf.reduce_sum(inputs, self._reduction_axes), count])
-        total, count = tf.unstack(_sum_over_ranks(local))
+        total, count = tf.unstack(self._sum_over_ranks(local))
         if mask is not None:
             count += keras.backend.epsilon()  # as Keras does: all may be masked
         mean = total / count
@@ -60,21 +62,26 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         difference = inputs - tf.reshape(tf.stop_gradient(mean), shape)
         if mask is not None:
             difference = tf.where(mask, difference, 0)
-        variance = _sum_over_ranks(tf.reduce_sum(tf.square(difference), self._reduction_axes)) / count
+        variance = self._sum_over_ranks(tf.reduce_sum(tf.square(difference), self._reduction_axes)) / count
         return mean, variance
 
+    def _sum_over_ranks(self, values: tf.Tensor) -> tf.Tensor:
+        """The sum; its gradient is the sum of the gradients on all ranks, under a name that all ranks share."""
+        given = not re.fullmatch(r"sync_batch_normalization(_\d+)?", self.name)
+        name = f"batch_norm_{self.name}" if given else "batch_norm"
 
-@tf.custom_gradient
-def _sum_over_ranks(values: tf.Tensor) -> tuple[tf.Tensor, Any]:
-    """The sum; its gradient is the sum of the gradients on all ranks, under a name that all ranks share."""
-    return _allreduce(values, "batch_norm"), lambda upstream: _allreduce(upstream, "batch_norm_gradient")
+        @tf.custom_gradient
+        def summed(values: tf.Tensor) -> tuple[tf.Tensor, Any]:
+            return _allreduce(values, name), lambda upstream: _allreduce(upstream, f"{name}_gradient")
+
+        return summed(values)
 
 
 def _allreduce(values: tf.Tensor, name: str) -> tf.Tensor:
     import horovod.tensorflow as hvd
 
-    # Horovod matches by name.  Layers' names may differ between ranks; the order in which a model is traced does not,
-    # and by that TensorFlow numbers names at the root of a graph.
+    # Horovod matches by name. The names that Keras gives may differ between ranks; the order in which a model is
+    # traced does not, and by that TensorFlow numbers names at the root of a graph.
     with tf.name_scope(""):
         return hvd.allreduce(values, op=hvd.Sum, name=name, ignore_name_scope=True)
 
@@ -91,15 +98,15 @@ class GroupedBatchNormalization(keras.layers.BatchNormalization):
     Parameters
     ----------
     group : int
-        Samples that are normalised together; they follow one another in the batch.
+        Samples that are normalised together; they follow one another in the batch. What remains at the end of a batch
+        is a smaller group.
     **settings
         Those of `keras.layers.BatchNormalization`, without renorm and synchronized.
 
     Raises
     ------
     ValueError
-        If the batch is not a multiple of the group and its size is known when the layer is called; else TensorFlow
-        fails to reshape it later.  If there is a mask in training.
+        If there is a mask in training.
     """
 
     def __init__(self, group: int, **settings: Any):
@@ -113,11 +120,18 @@ class GroupedBatchNormalization(keras.layers.BatchNormalization):
             return super().call(inputs, training=False)
         if mask is not None:
             raise ValueError("GroupedBatchNormalization takes no mask in training; use SyncBatchNormalization for it")
-        if inputs.shape[0] is not None and inputs.shape[0] % self.group:
-            raise ValueError(f"a batch of {inputs.shape[0]} does not divide into groups of {self.group} samples")
         x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))  # as Keras does
-        x = ops.reshape(x, (-1, self.group, *ops.shape(inputs)[1:]))
-        mean, variance = ops.moments(x, [axis + 1 for axis in self._reduction_axes], keepdims=True)
+        size, axes = ops.shape(inputs)[0], [axis + 1 for axis in self._reduction_axes]
+        missing = -size % self.group  # known while tracing only if the size of the batch is
+        if isinstance(missing, int) and not missing:
+            x = ops.reshape(x, (-1, self.group, *ops.shape(inputs)[1:]))
+            mean, variance = ops.moments(x, axes, keepdims=True)
+        else:
+            x = tf.pad(x, [[0, missing], *[[0, 0]] * (len(inputs.shape) - 1)])
+            x = ops.reshape(x, (-1, self.group, *ops.shape(inputs)[1:]))
+            there = tf.cast(tf.range(size + missing) < size, x.dtype)
+            there = tf.reshape(there, (-1, self.group, *[1] * (len(inputs.shape) - 1)))
+            mean, variance = tf.nn.weighted_moments(x, axes, there, keepdims=True)
         momentum = self.momentum ** ops.cast(ops.shape(x)[0], self.moving_mean.dtype)
         for moving, found in ((self.moving_mean, mean), (self.moving_variance, variance)):
             average = ops.reshape(ops.mean(found, 0), (-1,))
@@ -129,7 +143,7 @@ class GroupedBatchNormalization(keras.layers.BatchNormalization):
             x = x * ops.cast(ops.reshape(self.gamma, shape), x.dtype)
         if self.center:
             x = x + ops.cast(ops.reshape(self.beta, shape), x.dtype)
-        return ops.cast(ops.reshape(x, ops.shape(inputs)), self.compute_dtype)
+        return ops.cast(ops.reshape(x, (-1, *ops.shape(inputs)[1:]))[:size], self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "group": self.group}

@@ -1,36 +1,124 @@
-"""How ranks exchange what is no gradient: over Horovod, or over MPI where training does without Horovod."""
+"""How ranks exchange what is not a gradient: over Horovod, or over MPI where training does without Horovod."""
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+import itertools
+import pickle
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+import cloudpickle
 import numpy as np
+
+if TYPE_CHECKING:
+    import keras
 
 try:
     import horovod.tensorflow as hvd
 except ImportError:  # it cannot be built everywhere
     hvd = None
 
-
-def communicator(without_horovod: bool = False) -> Any:
-    """All ranks, behind mpi4py's names; MPI's own if Horovod is missing, or was not started and is not wanted."""
-    if hvd is None or (without_horovod and not hvd.is_initialized()):
-        from mpi4py.MPI import COMM_WORLD
-
-        return COMM_WORLD
-    if not hvd.is_initialized():
-        hvd.init()
-    return _HorovodWorld()
+PIECE_BYTES = 2**30  # MPI and Horovod count in 32 bits, so a message of 2 GiB in bytes is too long for them
 
 
-class _HorovodWorld:
-    """Horovod's ranks, with the four names of an mpi4py communicator that the callbacks need."""
+class Communicator:
+    """All ranks, with the few names of an mpi4py communicator that training needs; arrays may be of any size."""
 
+    rank: int
+    size: int
+
+    def allgather(self, value: Any) -> list:
+        """The values of all ranks, in the order of the ranks."""
+        raise NotImplementedError
+
+    def Bcast(self, array: np.ndarray, root: int) -> None:  # noqa: N802 - as mpi4py calls it
+        """Fill a contiguous array of any type with that of `root`."""
+        flat = array.reshape(-1).view(np.uint8)  # bytes: neither Horovod nor MPI knows bfloat16
+        for begin in range(0, flat.size, PIECE_BYTES):
+            self._broadcast(flat[begin : begin + PIECE_BYTES], root)
+
+    def bcast(self, value: Any, root: int = 0) -> Any:
+        """Whatever can be pickled, from `root`."""
+        data = np.frombuffer(cloudpickle.dumps(value) if self.rank == root else b"", np.uint8).copy()
+        size = np.array([data.size])
+        self.Bcast(size, root)
+        if self.rank != root:
+            data = np.empty(size[0], np.uint8)
+        self.Bcast(data, root)
+        return value if self.rank == root else pickle.loads(data)
+
+    def _broadcast(self, piece: np.ndarray, root: int) -> None:
+        raise NotImplementedError
+
+
+class _OverHorovod(Communicator):
     rank = property(lambda self: hvd.rank())
     size = property(lambda self: hvd.size())
 
     def allgather(self, value: Any) -> list:
-        return hvd.allgather_object(value)
+        return hvd.allgather_object(value, name="nurion_allgather")
 
-    def Bcast(self, array: np.ndarray, root: int) -> None:  # noqa: N802
-        array[...] = hvd.broadcast(array, root).numpy()
+    def _broadcast(self, piece: np.ndarray, root: int) -> None:
+        piece[...] = hvd.broadcast(piece, root).numpy()
+
+
+class _OverMPI(Communicator):
+    def __init__(self) -> None:
+        from mpi4py.MPI import COMM_WORLD
+
+        self._world, self.rank, self.size = COMM_WORLD, COMM_WORLD.rank, COMM_WORLD.size
+
+    def allgather(self, value: Any) -> list:
+        return self._world.allgather(value)
+
+    def _broadcast(self, piece: np.ndarray, root: int) -> None:
+        self._world.Bcast(piece, root)
+
+
+def communicator(without_horovod: bool = False) -> Communicator:
+    """All ranks over Horovod; over MPI if Horovod is missing, or was not started and is not wanted."""
+    if hvd is None or (without_horovod and not hvd.is_initialized()):
+        return _OverMPI()
+    if not hvd.is_initialized():
+        hvd.init()
+    return _OverHorovod()
+
+
+def digest(data: bytes) -> int:
+    """64 bits that stand for the data."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+def outline(variables: Sequence[keras.Variable]) -> list[str]:
+    """Name, shape and type of each variable, in words that are the same on all ranks that built the same model.
+
+    Keras numbers the names of layers through, so a rank that has made one layer more has other numbers. What counts
+    is which of the layers of a kind comes first.
+    """
+    parts = [[re.fullmatch(r"(.*?)(?:_(\d+))?", part).groups("0") for part in v.path.split("/")] for v in variables]
+    kinds = ["/".join(stem for stem, _ in each) for each in parts]
+    numbers = [tuple(int(number) for _, number in each) for each in parts]
+    alike: dict[str, list] = {}
+    for kind, number in sorted(zip(kinds, numbers, strict=True)):
+        alike.setdefault(kind, []).append(number)
+    places = [alike[kind].index(number) for kind, number in zip(kinds, numbers, strict=True)]
+    return [
+        f"{kind}{f' ({place + 1})' if place else ''} of shape {tuple(variable.shape)} and type {variable.dtype}"
+        for kind, place, variable in zip(kinds, places, variables, strict=True)
+    ]
+
+
+def require_alike(ranks: Communicator, outlined: list[str]) -> None:
+    """ValueError on all ranks, with the first difference, unless `outlined` is the same list on each of them."""
+    if len(set(ranks.allgather(digest(repr(outlined).encode())))) == 1:
+        return
+    everyones = ranks.allgather(outlined)
+    other = next(rank for rank, theirs in enumerate(everyones) if theirs != everyones[0])
+    pairs = itertools.zip_longest(everyones[other], everyones[0], fillvalue="missing")
+    place, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    raise ValueError(
+        f"all ranks must have the same variables in the same order, but of the {len(everyones[other])} of rank {other} "
+        f"number {place} is {theirs}, and of the {len(everyones[0])} of rank 0 it is {ours}"
+    )

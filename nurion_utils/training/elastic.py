@@ -1,9 +1,9 @@
 """Training that goes on when ranks die.
 
 Horovod's elastic mode notices a lost rank, forms a smaller ring and lets training continue from the last
-committed state.  Its Keras state fails on Keras 3, though; its ``run`` drops every TensorFlow error that it does
+committed state. Its Keras state fails on Keras 3, though; its ``run`` drops every TensorFlow error that it does
 not recognise, so that training returns early as if it had ended well; and its launcher wants ssh and a script
-that lists hosts.  Here are a state, a ``run`` and a launcher without these faults.
+that lists hosts. Here are a state, a ``run`` and a launcher without these faults.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from horovod.common.exceptions import HorovodInternalError
 
 from nurion_utils.ranks.launchers.elastic import elastic_launch
 from nurion_utils.training.callbacks import broadcast_model
+from nurion_utils.training.communicator import communicator
+from nurion_utils.training.optimizer import variables_of
 
 __all__ = ["ElasticState", "elastic_launch", "elastic_run"]
 
@@ -48,17 +50,17 @@ class ElasticState(ObjectState):
     def __init__(self, model: keras.Model, **counters: Any) -> None:
         for name in counters:
             if name == "model" or hasattr(type(self), name):
-                raise ValueError(f"An ElasticState has a {name!r} of its own; name the counter differently.")
+                raise ValueError(f"an ElasticState has a {name!r} of its own; name the counter differently")
         if not model.built or getattr(model, "optimizer", None) is None:
-            raise ValueError("The model of an ElasticState must be built and compiled.")
+            raise ValueError("the model of an ElasticState must be built and compiled")
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         self.model = model
-        super().__init__(bcast_object=hvd.broadcast_object, get_rank=hvd.rank, **counters)
+        super().__init__(bcast_object=communicator().bcast, get_rank=hvd.rank, **counters)
         self.save()
 
     def _variables(self) -> list[keras.Variable]:
-        return [*self.model.weights, *self.model.optimizer.variables]
+        return [*self.model.weights, *variables_of(self.model.optimizer)]
 
     def save(self) -> None:
         """Remember the present state as the one to return to; `commit` calls it."""
@@ -84,21 +86,21 @@ def elastic_run(function: Callable) -> Callable:
 
     >>> @elastic_run
     ... def train(state):
-    ...     while state.epoch < 10:
-    ...         model.fit(...)  # on the share of the data that hvd.rank() of hvd.size() has now
-    ...         state.epoch += 1
-    ...         state.commit()
+    ...    while state.epoch < 10:
+    ...        model.fit(...)  # on the share of the data that hvd.rank() of hvd.size() has now
+    ...        state.epoch += 1
+    ...        state.commit()
 
     Parameters
     ----------
     function : callable
-        Takes an `ElasticState` first.  After each loss it is called anew on the ranks that are left, with the
+        Takes an `ElasticState` first. After each loss it is called anew on the ranks that are left, with the
         state of the last commit.
 
     Returns
     -------
     callable
-        Returns what `function` returns and raises what it raises.  Only a broken connection between ranks is
+        Returns what `function` returns and raises what it raises. Only a broken connection between ranks is
         answered with a new start.
     """
 

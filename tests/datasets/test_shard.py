@@ -24,19 +24,38 @@ def all_ranks(plan, epoch):
     return np.stack([indices for indices, _ in parts]), np.stack([weights for _, weights in parts])
 
 
+def used_in(indices, weights, step):
+    """The samples of a step, each as often as it is there."""
+    return indices[:, step][weights[:, step] > 0]
+
+
 @given(plan=plans, epoch=epochs)
-def test_every_sample_is_trained_on_exactly_once_per_epoch(plan, epoch):
+def test_every_sample_is_trained_on_in_exactly_one_step_of_an_epoch_and_counts_as_much_as_the_others(plan, epoch):
     indices, weights = all_ranks(plan, epoch)
-    assert sorted(indices[weights > 0]) == list(range(plan["samples"]))
+    seen = []
+    for step in range(indices.shape[1]):
+        samples, times = np.unique(used_in(indices, weights, step), return_counts=True)
+        assert len(set(times)) == 1 and len(set(weights[:, step][weights[:, step] > 0])) == 1
+        seen += samples.tolist()
+    assert sorted(seen) == list(range(plan["samples"]))
 
 
 @given(plan=plans, epoch=epochs)
-def test_every_rank_takes_the_same_number_of_steps_and_full_batches(plan, epoch):
+def test_every_rank_takes_the_same_number_of_steps_and_has_a_sample_in_each(plan, epoch):
     indices, weights = all_ranks(plan, epoch)
     steps = -(-plan["samples"] // (plan["world_size"] * plan["batch_size"]))
-    assert indices.shape == weights.shape == (plan["world_size"], steps, plan["batch_size"])
+    width = plan["batch_size"] + (indices.shape[2] == 2 > plan["batch_size"])  # see `epoch`
+    assert indices.shape == weights.shape == (plan["world_size"], steps, width)
     assert {Shard(rank=rank, **plan).steps for rank in range(plan["world_size"])} == {steps}
     assert ((0 <= indices) & (indices < plan["samples"])).all()
+    assert (weights > 0).any(axis=2).all()
+
+
+@given(plan=plans, epoch=epochs)
+def test_no_rank_is_shown_a_sample_that_does_not_belong_to_its_part_of_the_step(plan, epoch):
+    indices, weights = all_ranks(plan, epoch)
+    for of_rank, used in zip(indices[:, -1], weights[:, -1] > 0, strict=True):
+        assert set(of_rank) == set(of_rank[used]) or (used.sum() == plan["batch_size"] < len(used))
 
 
 @given(plan=plans, epoch=epochs)
@@ -45,7 +64,7 @@ def test_the_mean_over_ranks_of_the_weighted_losses_is_the_plain_mean_over_the_s
     indices, weights = all_ranks(plan, epoch)
     local = (weights * loss[indices]).sum(axis=2) / plan["batch_size"]  # what Keras computes on each rank
     for step in range(indices.shape[1]):
-        real = indices[:, step][weights[:, step] > 0]
+        real = np.unique(used_in(indices, weights, step))
         assert local[:, step].mean() == pytest.approx(loss[real].mean(), rel=1e-5, abs=1e-6)
 
 
@@ -55,8 +74,7 @@ def test_p_ranks_of_batch_b_take_the_same_steps_as_one_rank_of_batch_pb(plan, ep
     one = plan | {"world_size": 1, "batch_size": plan["world_size"] * plan["batch_size"]}
     one_indices, one_weights = all_ranks(one, epoch)
     for step in range(indices.shape[1]):
-        ours = indices[:, step][weights[:, step] > 0]
-        assert sorted(ours) == sorted(one_indices[0, step][one_weights[0, step] > 0])
+        assert set(used_in(indices, weights, step)) == set(used_in(one_indices, one_weights, step))
 
 
 @given(plan=plans, epoch=epochs)
@@ -82,11 +100,11 @@ def test_another_epoch_or_seed_has_another_order(plan, epoch):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"samples": 0}, "samples must be a whole number of at least 1, not 0"),
+        ({"samples": 0}, "samples must be a whole number from 1 up, not 0"),
         ({"world_size": 0}, "world_size must be"),
         ({"batch_size": 2.5}, "batch_size must be .* not 2.5"),
-        ({"rank": 2}, "rank must be below world_size, 2, not 2"),
-        ({"rank": -1}, "rank must be .* at least 0"),
+        ({"rank": 2}, "rank must be a whole number from 0 to 1, not 2"),
+        ({"rank": -1}, "rank must be .* from 0 up, not -1"),
         ({"seed": None}, "seed must be"),
     ],
 )
@@ -104,20 +122,30 @@ def test_data_of_another_length_are_refused():
 
 
 def batches(shard, dataset, epochs):
-    parts = [tuple(part.numpy() for part in batch) for batch in dataset.take(epochs * shard.steps)]
-    return [np.stack(column) for column in zip(*parts, strict=True)]
+    return [tuple(part.numpy() for part in batch) for batch in dataset.take(epochs * shard.steps)]
 
 
 @settings(max_examples=10, deadline=None)
 @given(plan=plans, start=st.integers(0, 3))
-def test_the_dataset_goes_through_the_epochs_of_the_plan_from_where_it_is_told(plan, start):
+def test_the_dataset_goes_through_the_epochs_of_the_plan_from_where_it_is_told_without_empty_slots(plan, start):
     shard = Shard(rank=plan["world_size"] - 1, **plan)
     numbers = np.arange(plan["samples"])
-    x, y, weight = batches(shard, shard.dataset(numbers, numbers * 10, start_epoch=start), epochs=2)
-    planned = [shard.epoch(start), shard.epoch(start + 1)]
-    np.testing.assert_array_equal(x, np.concatenate([indices for indices, _ in planned]))
-    np.testing.assert_array_equal(y, x * 10)
-    np.testing.assert_array_equal(weight, np.concatenate([weights for _, weights in planned]))
+    planned = [step for epoch in (start, start + 1) for step in zip(*shard.epoch(epoch), strict=True)]
+    found = batches(shard, shard.dataset(numbers, numbers * 10, start_epoch=start), epochs=2)
+    for (x, y, weight), (indices, weights) in zip(found, planned, strict=True):
+        np.testing.assert_array_equal(x, indices[weights > 0])
+        np.testing.assert_array_equal(y, x * 10)
+        # Keras divides by the size of this batch, the plan by batch_size.
+        np.testing.assert_allclose(weight / len(x), weights[weights > 0] / plan["batch_size"], rtol=1e-6)
+
+
+@settings(max_examples=10, deadline=None)
+@given(plan=plans)
+def test_batches_of_equal_size_have_weights_of_one(plan):
+    shard = Shard(rank=0, **(plan | {"world_size": 1}))
+    numbers = np.arange(plan["samples"])
+    for _, _, weight in batches(shard, shard.dataset(numbers, numbers), epochs=1):
+        np.testing.assert_allclose(weight, 1, rtol=1e-6)
 
 
 class Squares:
@@ -133,10 +161,16 @@ class Squares:
 def test_the_dataset_reads_by_index_from_a_reader():
     shard = Shard(samples=11, world_size=2, rank=1, batch_size=3)
     dataset = shard.dataset(Squares())
-    assert [tuple(spec.shape) for spec in dataset.element_spec] == [(3, 1), (3,), (3,)]
-    x, y, _ = batches(shard, dataset, epochs=1)
-    np.testing.assert_array_equal(x[..., 0], shard.epoch(0)[0])
-    np.testing.assert_array_equal(y, x[..., 0] ** 2)
+    assert [tuple(spec.shape) for spec in dataset.element_spec] == [(None, 1), (None,), (None,)]
+    for (x, y, _), indices, weights in zip(batches(shard, dataset, epochs=1), *shard.epoch(0), strict=True):
+        np.testing.assert_array_equal(x[..., 0], indices[weights > 0])
+        np.testing.assert_array_equal(y, x[..., 0] ** 2)
+
+
+def test_where_all_steps_are_full_the_size_of_a_batch_is_known_to_tensorflow():
+    numbers = np.arange(12)
+    dataset = Shard(samples=12, world_size=2, rank=1, batch_size=3).dataset(numbers, numbers)
+    assert [tuple(spec.shape) for spec in dataset.element_spec] == [(3,)] * 3
 
 
 def test_keras_fit_sees_every_sample_once_per_epoch_and_the_tail_trains_like_the_plain_mean():

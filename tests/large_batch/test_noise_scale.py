@@ -260,11 +260,11 @@ REMEDIES = {
     "no batch": "ValueError: batch_per_rank must be a whole number from 1 up, not 0",
     "elastic": "ValueError: the noise scale needs the same ranks from start to end; measure it without elastic_run",
     "not measured": "ValueError: no step has been measured yet; train first",
-    "observer": "TypeError: observer must be callable, such as NoiseScale(batch_per_rank=32), not 32.",
-    "op": "ValueError: An observer compares gradients with their exact average: leave op and compression out.",
-    "compression": "ValueError: An observer compares gradients with their exact average",
-    "several": "ValueError: An observer must see all gradients at once, but a MultiOptimizer divides them.",
-    "several scaled": "ValueError: An observer must see all gradients at once",
+    "observer": "TypeError: observer must be callable, such as NoiseScale(batch_per_rank=32), not 32",
+    "op": "ValueError: an observer compares gradients with their exact average: leave op and compression out",
+    "compression": "ValueError: an observer compares gradients with their exact average",
+    "several": "ValueError: an observer must see all gradients at once, but a MultiOptimizer divides them",
+    "several scaled": "ValueError: an observer must see all gradients at once",
     "sparse": "ValueError: the noise scale needs dense gradients",
 }
 

@@ -2,19 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers.training import distance, perceptron
 from keras.optimizers import SGD, Adam, AdamW, LossScaleOptimizer, MultiOptimizer, OptimizerMap
 
 STEPS, BATCH, SEED = 10, 4, 7
 ACCUMULATE = {"gradient_accumulation_steps": 2}
-
-
-def perceptron() -> keras.Model:
-    return keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, "tanh"), keras.layers.Dense(3)])
 
 
 def float64_head() -> keras.Model:
@@ -41,7 +39,7 @@ def unused_weight() -> keras.Model:
 @dataclass(frozen=True)
 class Case:
     optimizer: Callable[[], keras.optimizers.Optimizer]
-    model: Callable[[], keras.Model] = perceptron
+    model: Callable[[], keras.Model] = partial(perceptron, SEED)
     policy: str = "float32"
     steps_per_execution: int = 1
     bound: float = 1e-6
@@ -142,10 +140,6 @@ def loop(case: Case, optimizer: keras.optimizers.Optimizer, x: np.ndarray, y: np
         step(*map(tf.constant, batch))
     optimizer.finalize_variable_values(model.trainable_variables)
     return model.get_weights()
-
-
-def distance(these: list[np.ndarray], those: list[np.ndarray]) -> float:
-    return max(float(np.abs(a.astype("float64") - b).max()) for a, b in zip(these, those, strict=True))
 
 
 def train_alone(cases: dict[str, Case]) -> dict[str, tuple[list[np.ndarray], float]]:

@@ -8,14 +8,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras.optimizers import SGD, Adam, LossScaleOptimizer
+from helpers.training import average, distance, outcome, perceptron, rank
+from keras.optimizers import SGD, Adam, LossScaleOptimizer, MultiOptimizer, OptimizerMap
 
 STEPS, GLOBAL_BATCH = 10, 8
-
-
-def perceptron() -> keras.Model:
-    keras.utils.set_random_seed(1)
-    return keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, "tanh"), keras.layers.Dense(3)])
 
 
 def embedding() -> keras.Model:
@@ -41,17 +37,6 @@ def train(optimizer: keras.optimizers.Optimizer, alone=False, make=perceptron, e
     model.compile(optimizer, "mse", run_eagerly=eager)
     model.fit(batches(alone=alone), verbose=0)
     return model.get_weights()
-
-
-def distance(these: list[np.ndarray], those: list[np.ndarray]) -> float:
-    return max(float(np.abs(a.astype("float64") - b).max()) for a, b in zip(these, those, strict=True))
-
-
-def average_with_mpi(gradients: np.ndarray) -> None:
-    from mpi4py import MPI
-
-    MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, gradients)
-    gradients /= MPI.COMM_WORLD.size
 
 
 class ReplacesApply(SGD):
@@ -87,40 +72,39 @@ def refusals() -> dict[str, str]:
         "a name": lambda: DistributedOptimizer("adam"),
         "twice": lambda: DistributedOptimizer(DistributedOptimizer(SGD())),
         "Horovod's": lambda: DistributedOptimizer(horovod.keras.DistributedOptimizer(SGD())),
+        "Horovod's, wrapped": lambda: DistributedOptimizer(
+            LossScaleOptimizer(horovod.keras.DistributedOptimizer(SGD()))
+        ),
         "wrapped": lambda: LossScaleOptimizer(DistributedOptimizer(SGD())),
+        "divided": lambda: MultiOptimizer(OptimizerMap(DistributedOptimizer(SGD()))),
         "compile of a mixed model": compile_mixed,
         "op": lambda: DistributedOptimizer(SGD(), op="mean"),
         "compression": lambda: DistributedOptimizer(SGD(), compression="fp16"),
-        "op of a reducer": lambda: DistributedOptimizer(SGD(), op=horovod.keras.Sum, reducer=average_with_mpi),
+        "op of a reducer": lambda: DistributedOptimizer(SGD(), op=horovod.keras.Sum, reducer=average),
         "reducer": lambda: DistributedOptimizer(SGD(), reducer=0.5),
         "reducer that returns": lambda: train(DistributedOptimizer(SGD(), reducer=lambda gradients: gradients / 2)),
         "XLA": train_with_xla,
         "float8": train_float8,
         "own apply": lambda: train(DistributedOptimizer(ReplacesApply(0.1))),
     }
-    messages = {}
-    for name, attempt in attempts.items():
-        try:
-            attempt()
-            messages[name] = "accepted"
-        except Exception as error:
-            messages[name] = f"{type(error).__name__}: {error}"
-    return messages
+    return {name: outcome(attempt) for name, attempt in attempts.items()}
 
 
 REMEDIES = {
-    "a name": "TypeError: DistributedOptimizer takes a Keras 3 optimizer such as Adam(), not 'adam'.",
-    "twice": "ValueError: This optimizer is distributed already",
-    "Horovod's": "pass the plain Keras optimizer instead.",
-    "wrapped": "DistributedOptimizer(LossScaleOptimizer(optimizer)).",
-    "compile of a mixed model": "DistributedOptimizer(LossScaleOptimizer(optimizer)).",
-    "op": "op must be one of Horovod's, such as hvd.Average, not 'mean'.",
-    "compression": "compression must be one of hvd.Compression, not 'fp16'.",
-    "op of a reducer": "with a reducer of your own, leave them out.",
-    "reducer": "reducer must be a function that averages an array in place, not 0.5.",
-    "reducer that returns": "it must average the one it gets in place.",
-    "XLA": "ValueError: XLA cannot compile a training step that communicates: use compile(..., jit_compile=False).",
-    "float8": "ValueError: Float8 models cannot be trained on several ranks",
+    "a name": "TypeError: DistributedOptimizer takes a Keras 3 optimizer such as Adam(), not 'adam'",
+    "twice": "ValueError: this optimizer is distributed already",
+    "Horovod's": "pass the plain Keras optimizer instead",
+    "Horovod's, wrapped": "pass the plain Keras optimizer instead",
+    "wrapped": "DistributedOptimizer(LossScaleOptimizer(optimizer))",
+    "divided": "a distributed optimizer cannot be wrapped",
+    "compile of a mixed model": "DistributedOptimizer(LossScaleOptimizer(optimizer))",
+    "op": "op must be one of Horovod's, such as hvd.Average, not 'mean'",
+    "compression": "compression must be one of hvd.Compression, not 'fp16'",
+    "op of a reducer": "with a reducer of your own, leave them out",
+    "reducer": "reducer must be a function that averages an array in place, not 0.5",
+    "reducer that returns": "it must average the one it gets in place",
+    "XLA": "ValueError: XLA cannot compile a training step that communicates: use compile(..., jit_compile=False)",
+    "float8": "ValueError: float8 models cannot be trained on several ranks",
     "own apply": "RuntimeError: ReplacesApply of Keras",
 }
 
@@ -176,7 +160,7 @@ def test_gradients_travel_once_per_update_however_many_batches_it_has(world2):
 
             def reduce(gradients, seen=seen):
                 seen.append(gradients.size)
-                average_with_mpi(gradients)
+                average(gradients)
 
             optimizer = wrap(SGD(0.1, gradient_accumulation_steps=5))
             weights = train(DistributedOptimizer(optimizer, reducer=reduce))
@@ -186,8 +170,9 @@ def test_gradients_travel_once_per_update_however_many_batches_it_has(world2):
 
     sizes, parameters, calls = world2.run(count, timeout_s=60)[0]
     assert calls == 2
-    assert sizes["plain"] == [parameters] * 2
-    assert sorted(sizes["scaled"]) == [1] * STEPS + [parameters] * 2  # and one number: has anyone overflown?
+    # First of all: who has a gradient for which of the four weights?
+    assert sizes["plain"] == [4] + [parameters] * 2
+    assert sorted(sizes["scaled"]) == [1] * STEPS + [4] + [parameters] * 2  # and one number: has anyone overflown?
 
 
 def test_a_reducer_of_ones_own_trains_as_horovod_does(world2):
@@ -195,7 +180,7 @@ def test_a_reducer_of_ones_own_trains_as_horovod_does(world2):
         from nurion_utils.training import DistributedOptimizer
 
         with_horovod = train(DistributedOptimizer(Adam(0.01, global_clipnorm=0.1)))
-        own = train(DistributedOptimizer(Adam(0.01, global_clipnorm=0.1), reducer=average_with_mpi))
+        own = train(DistributedOptimizer(Adam(0.01, global_clipnorm=0.1), reducer=average))
         return distance(own, with_horovod)
 
     assert max(world2.run(compare)) <= 1e-7
@@ -210,11 +195,112 @@ def test_a_reducer_adds_up_sparse_gradients_before_keras_clips_them_and_differs_
 
         plain = train(SGD(0.1, clipnorm=0.1), alone=True, make=embedding)
         alone = train(clipped(lambda gradients: None), alone=True, make=embedding)
-        return distance(train(clipped(average_with_mpi), make=embedding), alone), distance(alone, plain)
+        return distance(train(clipped(average), make=embedding), alone), distance(alone, plain)
 
     for from_itself_alone, from_plain_keras in world2.run(compare):
         assert from_itself_alone <= 1e-6
         assert 1e-3 < from_plain_keras < 2e-2
+
+
+def branches(world, of_rank, how="horovod", optimizer=lambda: SGD(0.1), steps=1, eager=True) -> list[dict[str, float]]:
+    """Train the heads that `of_rank` names for each rank; by how much the bias of each layer has moved."""
+
+    def step_by_step():
+        import horovod.tensorflow as hvd
+        from mpi4py.MPI import COMM_WORLD as world
+
+        from nurion_utils.training import DistributedOptimizer
+
+        keras.utils.set_random_seed(1)
+        x = keras.Input((4,))
+        trunk = keras.layers.Dense(5, name="trunk")(x)
+        model = keras.Model(x, {name: keras.layers.Dense(3, name=name)(trunk) for name in "abc"})
+        table = keras.layers.Embedding(4, 2, name="table")
+        table.build()
+        variables = [*model.trainable_weights, *table.trainable_weights]
+        hvd.init()
+        settings = {"reducer": average} if how == "reducer" else {"op": hvd.Sum} if how == "sum" else {}
+        distributed = DistributedOptimizer(optimizer(), **settings)
+        distributed.build(variables)
+        before = [v.numpy() for v in variables]
+
+        def step(heads):
+            with tf.GradientTape() as tape:
+                outputs = model(tf.ones((2, 4)))
+                loss = sum(tf.reduce_sum(outputs[name]) for name in heads if name in outputs)
+                if "table" in heads:
+                    loss += tf.reduce_sum(table(tf.constant([1, 1, 2])))
+                loss = distributed.scale_loss(loss)
+            distributed.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+
+        for at in range(steps):
+            heads = of_rank[world.rank][at % len(of_rank[world.rank])]
+            step(heads) if eager else tf.function(step)(heads)
+        pairs = zip(variables, before, strict=True)  # of each layer the bias comes last
+        return {v.path.split("/")[0]: float(np.abs(v.numpy() - old).max()) for v, old in pairs}
+
+    return world.run(step_by_step, timeout_s=60)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("how", ["horovod", "reducer"])
+def test_a_gradient_that_is_none_on_one_rank_counts_as_zero_there(world2, how, eager):
+    on0, on1 = branches(world2, [[("a",)], [("b",)]], how, eager=eager)
+    assert on0 == on1
+    assert on0["a"] == on0["b"] == pytest.approx(0.1)  # by half of what one rank asked for: 2 samples, rate 0.1
+    assert on0["c"] == 0 and on0["trunk"] > 0
+
+
+def test_ranks_may_change_the_branch_from_step_to_step(world2):
+    turns = [[("a",), ("b",), ("c",)], [("b",), ("c",), ("a",)]]
+    on0, on1 = branches(world2, turns, steps=3)
+    assert on0 == on1 and on0["a"] == on0["b"] == on0["c"] == pytest.approx(0.2)
+
+
+def test_a_sparse_gradient_that_is_none_on_one_rank_counts_as_no_row_there(world2):
+    on0, on1 = branches(world2, [[("a", "table")], [("a",)]])
+    assert on0 == on1 and on0["table"] == pytest.approx(0.1)  # row 1 occurs twice, on one rank of two
+
+
+def test_wrapped_optimizers_match_gradients_by_variable_too(world2):
+    def scaled():
+        return LossScaleOptimizer(SGD(0.1), initial_scale=8.0)
+
+    def divided():
+        return MultiOptimizer(OptimizerMap(SGD(0.1), {"[ab]/.*": SGD(0.1)}))
+
+    for optimizer in (scaled, divided, lambda: LossScaleOptimizer(divided())):
+        on0, on1 = branches(world2, [[("a",)], [("b",)]], optimizer=optimizer)
+        assert on0 == on1 and on0["a"] == on0["b"] == pytest.approx(0.1)
+
+
+def test_a_weight_without_a_gradient_on_all_ranks_is_left_alone_as_by_keras(world2):
+    def decays():
+        return SGD(0.1, weight_decay=0.5)
+
+    on0, on1 = branches(world2, [[("a",)], [("a",)]], optimizer=decays)
+    assert on0 == on1 and on0["b"] == on0["c"] == on0["table"] == 0 < on0["a"]
+
+
+def test_ranks_that_train_different_variables_are_refused_with_the_first_that_differs(world2):
+    def attempts():
+        from nurion_utils.training import DistributedOptimizer
+
+        def apply(*variables):
+            DistributedOptimizer(SGD(0.1)).apply([tf.ones(v.shape, v.dtype) for v in variables], list(variables))
+
+        a, b = (keras.Variable(np.ones(3), name=name) for name in "ab")
+        wide, exact = (
+            keras.Variable(np.ones(3 + rank()), name="w"),
+            keras.Variable(1.0, dtype=f"float{32 + 32 * rank()}"),
+        )
+        return [outcome(lambda v=v: apply(*v)) for v in ([[a, b], [b, a]][rank()], [a, b][rank() :], [wide], [exact])]
+
+    swapped, fewer, wider, other = world2.run(attempts, timeout_s=60)[0]
+    assert "number 0 is b of shape (3,) and type float64, and of the 2 of rank 0 it is a" in swapped
+    assert "of the 1 of rank 1 number 0 is b" in fewer
+    assert "of shape (4,)" in wider and "of shape (3,)" in wider
+    assert "type float64" in other and "type float32" in other
 
 
 def test_op_and_compression_reach_horovod(world2):
@@ -352,7 +438,7 @@ def test_a_saved_model_goes_on_without_this_package_and_on_other_numbers_of_rank
 
 SINGLE = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
 from test_optimizer_contract import *
 import horovod.tensorflow as hvd
 from nurion_utils.training import DistributedOptimizer

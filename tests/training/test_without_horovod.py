@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 import pytest
+from helpers.training import average, outcome, perceptron, rank
 from keras.optimizers import SGD, Adam
 
 from nurion_utils import ranks
@@ -24,24 +25,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ranks.World]:
         yield world
 
 
-def average(array: np.ndarray) -> None:
-    from mpi4py import MPI
-
-    MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, array)
-    array /= MPI.COMM_WORLD.size
-
-
-def rank() -> int:
-    from mpi4py.MPI import COMM_WORLD
-
-    return COMM_WORLD.rank
-
-
-def perceptron(seed: int = 0) -> keras.Model:
-    keras.utils.set_random_seed(seed)
-    return keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, "tanh"), keras.layers.Dense(3, name="last")])
-
-
 def samples(of_ranks: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
     """What these ranks learn from, in the order of steps."""
     rng = np.random.default_rng(7)
@@ -57,14 +40,6 @@ def train(model: keras.Model, optimizer, data, *callbacks, **settings) -> list[n
 
 def mine() -> tuple[np.ndarray, np.ndarray]:
     return samples(slice(rank(), rank() + 1))
-
-
-def outcome(attempt) -> str:
-    try:
-        attempt()
-        return "no error"
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
 
 
 def test_horovod_really_cannot_be_imported(world):
@@ -158,9 +133,9 @@ def test_a_rank_that_drifts_and_a_root_that_is_no_rank_are_named(world):
         ]
 
     for drift, root in world.run(attempts, timeout_s=60):
-        assert drift.startswith("RuntimeError: Ranks no longer agree after epoch 1: ")
+        assert drift.startswith("RuntimeError: ranks no longer agree after epoch 1: ")
         assert "on rank 1 differs from rank 0's by up to" in drift
-        assert root == "ValueError: root must be a rank from 0 to 1, not 2."
+        assert root == "ValueError: root must be a whole number from 0 to 1, not 2"
 
 
 def test_without_a_reducer_the_error_names_it_as_the_remedy(world):
@@ -172,7 +147,7 @@ def test_without_a_reducer_the_error_names_it_as_the_remedy(world):
     for message in world.run(outcome, distribute):
         assert message == (
             "ImportError: Horovod cannot be imported here: pass reducer=, a function that averages an array over the "
-            "ranks in place, such as one that calls mpi4py's MPI.COMM_WORLD.Allreduce."
+            "ranks in place, such as one that calls mpi4py's MPI.COMM_WORLD.Allreduce"
         )
 
 
@@ -182,7 +157,7 @@ def test_settings_of_horovod_are_refused_beside_a_reducer(world):
 
         DistributedOptimizer(SGD(0.1), reducer=average, op="sum")
 
-    assert world.run(outcome, distribute)[0].endswith("with a reducer of your own, leave them out.")
+    assert world.run(outcome, distribute)[0].endswith("with a reducer of your own, leave them out")
 
 
 def test_where_horovod_is_installed_a_reducer_does_not_start_it_through_the_callbacks(world2):
