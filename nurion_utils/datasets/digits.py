@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from nurion_utils._checks import number
+
 
 def load(seed: int = 0, test_share: float = 1 / 3) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The digits, divided once into a training and a test set that hold each digit equally often.
@@ -23,8 +25,8 @@ def load(seed: int = 0, test_share: float = 1 / 3) -> tuple[np.ndarray, np.ndarr
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    if not 0 < test_share < 1:
-        raise ValueError(f"test_share must be between 0 and 1, not {test_share}.")
+    if not 0 < number(test_share, "test_share") < 1:
+        raise ValueError(f"test_share must be between 0 and 1, not {test_share}")
     x, y = load_digits(return_X_y=True)
     x_train, x_test, y_train, y_test = train_test_split(
         (x / 16).astype(np.float32), y.astype(np.int64), test_size=test_share, stratify=y, random_state=seed
@@ -37,7 +39,7 @@ def distort(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Many new images from few: each one turned, shifted, scaled, bent and made noisy.
 
-    So that a set is large enough for large batches.  Images of different sets must come from different originals.
+    So that a set is large enough for large batches. Images of different sets must come from different originals.
 
     Parameters
     ----------

@@ -2,24 +2,25 @@
 
 >>> sources = {"Lustre": Source(slow, store.client()), "burst buffer": Source(fast)}  # doctest: +SKIP
 >>> settings = {"plain": {}, "4 files at once, 2 batches ahead": {"cycle_length": 4, "prefetch": 2}}
->>> table = measure(world, sources, settings, steps=12, compute_s=0.05)  # doctest: +SKIP
+>>> table = measure_pipeline(world, sources, settings, steps=12, compute_s=0.05)  # doctest: +SKIP
 >>> accelerator_utilisation(table)  # doctest: +SKIP
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from nurion_utils._checks import positive, whole_number
+from nurion_utils._checks import number, require_columns, whole_number
+from nurion_utils.datasets import volumes
+from nurion_utils.datasets.page_cache import drop_cache, resident
+from nurion_utils.timing import turns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from nurion_utils.ranks import World
-    from nurion_utils.storage import FileSystemClient
 
 # The least accelerator utilisation with which a storage system passes (MLPerf Storage's rules).
 MINIMUM_UTILISATION = {"U-Net3D": 0.9, "ResNet-50": 0.9, "CosmoFlow": 0.7}
@@ -35,25 +35,35 @@ CACHES = ("cold", "warm")
 _SETTINGS = {"cycle_length": 1, "prefetch": 0, "cache": 0, "batch_size": 1}  # and the least of each
 
 
+class Client(Protocol):
+    """What the pipeline needs of a shared file system that makes its readers wait, such as `storage` emulates."""
+
+    def path(self, path: str | os.PathLike[str]) -> Path: ...
+
+    def wait(self, *paths: str | os.PathLike[str]) -> None: ...
+
+    def wait_until_idle(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Source:
-    """Volumes that `training.volumes.write` wrote, and how they are reached.
+    """Volumes that `volumes.write` wrote, and how they are reached.
 
     Attributes
     ----------
     directory
         Where the files are.
     client
-        None to read them as they are; the client of an `EmulatedFileSystem` over them to wait for its targets first.
+        None to read them as they are; the client of a shared file system over them to wait for its targets first.
     """
 
     directory: str | os.PathLike[str]
-    client: FileSystemClient | None = None
+    client: Client | None = None
 
     def files(self) -> list[str]:
         """The TFRecord files, in the order of their names; ValueError if there are none."""
         if not (found := sorted(map(str, Path(self.directory).resolve().glob("*.tfrecord")))):
-            raise ValueError(f"{str(self.directory)!r} has no *.tfrecord files: write some with volumes.write.")
+            raise ValueError(f"{str(self.directory)!r} has no *.tfrecord files: write some with volumes.write")
         if self.client is not None:
             for file in found:
                 self.client.path(file)  # refuses those that are not below the store's directory
@@ -62,7 +72,7 @@ class Source:
 
 def dataset(
     files: Sequence[str | os.PathLike[str]],
-    client: FileSystemClient | None = None,
+    client: Client | None = None,
     *,
     cycle_length: int = 1,
     prefetch: int = 0,
@@ -75,10 +85,10 @@ def dataset(
     Parameters
     ----------
     client
-        Each file is opened when this client's shared store has delivered all of it, and then read natively; a
-        request that timed out there ends the iteration with the store's message.
+        Each file is opened when this client's shared file system has delivered all of it, and then read natively; a
+        request that timed out there ends the iteration with the message it came with.
     cycle_length
-        How many files are read at the same time, one record from each in turn.  From 2 up threads do it in the
+        How many files are read at the same time, one record from each in turn. From 2 up threads do it in the
         background, and run a few files ahead; 1 is one file after the other, on demand.
     prefetch
         Batches that are made ready while training computes.
@@ -91,53 +101,38 @@ def dataset(
     -------
     tf.data.Dataset
         Pairs of float32 tensors: network inputs (n, size, size, size, 1) and targets (n, 3), as `volumes.Volumes`
-        reads them.  n is `batch_size`; of the last volumes of an epoch those that fill no batch are left out.
+        reads them. n is `batch_size`; of the last volumes of an epoch those that fill no batch are left out.
 
     Raises
     ------
     ValueError
-        There are no files, or a number is out of its range.
+        There are no files, or a number is out of its range. Later, as TensorFlow's error with the file's path, if a
+        file is missing, truncated or damaged.
     """
     import tensorflow as tf
-
-    from nurion_utils.datasets import volumes
 
     given = {"cycle_length": cycle_length, "prefetch": prefetch, "cache": cache, "batch_size": batch_size}
     _require_settings(given)
     if epochs is not None:
         whole_number(epochs, "epochs")
-    names = [os.fspath(file) for file in files]
-    if not names:
-        raise ValueError("files is an empty list: name the files to read.")
+    if not (names := [os.fspath(file) for file in files]):
+        raise ValueError("files is an empty list: name the files to read")
 
-    def wait(name: bytes) -> bytes:
+    def open_whole(name: bytes) -> bytes:
         path = os.fsdecode(name)
-        client.wait(path)
-        return os.fsencode(client.path(path))
+        if client is not None:
+            client.wait(path)
+            path = os.fspath(client.path(path))
+        volumes.require_whole(path)
+        return os.fsencode(path)
 
-    def delivered(name: tf.Tensor) -> tf.Tensor:
-        return tf.ensure_shape(tf.numpy_function(wait, [name], tf.string), [])
-
-    def decode(volume: bytes, parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        density = np.frombuffer(volume, "<f4")
-        density = density.reshape((round(len(density) ** (1 / 3)),) * 3)
-        return volumes.network_input(density)[..., None], volumes.targets_of(parameters)
-
-    def parse(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        features = {
-            "volume": tf.io.FixedLenFeature([], tf.string),
-            "parameters": tf.io.FixedLenFeature([3], tf.float32),
-        }
-        found = tf.io.parse_single_example(record, features)
-        x, y = tf.numpy_function(decode, [found["volume"], found["parameters"]], (tf.float32, tf.float32))
-        return tf.ensure_shape(x, [None, None, None, 1]), tf.ensure_shape(y, [3])
+    def opened(name: tf.Tensor) -> tf.Tensor:
+        return tf.ensure_shape(tf.numpy_function(open_whole, [name], tf.string), [])
 
     # Waiting inside interleave's function would be in vain: tf.data calls that for one file after the other.
     many = {"num_parallel_calls": cycle_length, "deterministic": True} if cycle_length > 1 else {}
-    data = tf.data.Dataset.from_tensor_slices(names)
-    if client is not None:
-        data = data.map(delivered, **many)
-    data = data.interleave(tf.data.TFRecordDataset, cycle_length, **many).map(parse, **many)
+    data = tf.data.Dataset.from_tensor_slices(names).map(opened, **many)
+    data = data.interleave(_records, cycle_length, **many).map(_parse, **many)
     if cache:
         data = data.cache()
     data = data.batch(batch_size, drop_remainder=True).repeat(epochs)
@@ -148,7 +143,23 @@ def dataset(
     return (data.prefetch(prefetch) if prefetch else data).with_options(options)
 
 
-def measure(
+def _records(name: tf.Tensor) -> tf.data.Dataset:
+    import tensorflow as tf
+
+    return tf.data.TFRecordDataset(name).map(lambda record: (name, record))
+
+
+def _parse(name: tf.Tensor, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    import tensorflow as tf
+
+    def decode(name: bytes, record: bytes) -> tuple[np.ndarray, np.ndarray]:
+        return volumes.decode(record, os.fsdecode(name))
+
+    x, y = tf.numpy_function(decode, [name, record], (tf.float32, tf.float32))
+    return tf.ensure_shape(x, [None, None, None, 1]), tf.ensure_shape(y, [3])
+
+
+def measure_pipeline(
     world: World,
     sources: Mapping[str, Source],
     settings: Mapping[str, Mapping[str, Any]],
@@ -159,9 +170,9 @@ def measure(
 ) -> pd.DataFrame:
     """Train without a network on the ranks of `world`: read a batch, sleep for `compute_s`, meet the other ranks.
 
-    Computing is emulated as MLPerf Storage does; ranks meet after every step because an allreduce makes them.  Every
-    rank reads a share of the files of its own, over and over if `steps` need more.  Contenders, each source with
-    each setting, take turns within a repeat.
+    Computing is emulated as MLPerf Storage does; ranks meet after every step because an allreduce makes them. Every
+    rank reads a share of the files of its own, over and over if `steps` need more. Contenders, each source with
+    each setting, take turns.
 
     Parameters
     ----------
@@ -177,7 +188,7 @@ def measure(
     pandas.DataFrame
         A row per rank and step: source, setting, cache, repeat, rank, step, wait_s (blocked on the input), compute_s
         (as slept), sync_s (waiting for other ranks), samples, samples_per_s, and resident: which part of the rank's
-        files was in the page cache when it began.  Look at it: not every file system forgets when asked.
+        files was in the page cache when it began. Look at it: not every file system forgets when asked.
 
     Raises
     ------
@@ -196,8 +207,7 @@ def measure(
         _require_settings(chosen)
     whole_number(steps, "steps")
     whole_number(repeats, "repeats")
-    if compute_s != 0:
-        positive(compute_s, "compute_s")
+    number(compute_s, "compute_s", least=0)
     if not caches or set(caches) - set(CACHES):
         raise ValueError(f"caches are some of {', '.join(map(repr, CACHES))}, not {caches!r}")
     files = {name: source.files() for name, source in sources.items()}
@@ -205,69 +215,63 @@ def measure(
         if len(found) < world.n:
             raise ValueError(f"source {name!r} has {len(found)} files for {world.n} ranks; write volumes to more files")
     contenders = [
-        (source, setting, cache, files[source], sources[source].client, dict(chosen))
-        for source in sources
+        ({"source": name, "setting": setting, "cache": cache}, files[name], source.client, dict(chosen))
+        for name, source in sources.items()
         for setting, chosen in settings.items()
         for cache in caches
     ]
-
-    def on_rank(*arguments: Any) -> list[dict]:
-        from mpi4py import MPI
-
-        return observe(MPI.COMM_WORLD, *arguments)
-
-    rows = world.run(on_rank, contenders, steps, compute_s, repeats)
+    rows = world.run(_measure_on_rank, contenders, steps, compute_s, repeats)
     return pd.DataFrame([row for of_rank in rows for row in of_rank])
 
 
-def observe(comm: MPI.Comm, contenders: Sequence[tuple], steps: int, compute_s: float, repeats: int) -> list[dict]:
-    """The part of `measure` that every rank of `comm` runs; each returns its own rows."""
-    from mpi4py import MPI
+def _measure_on_rank(contenders: Sequence[tuple], steps: int, compute_s: float, repeats: int) -> list[dict]:
+    from mpi4py.MPI import COMM_WORLD as comm
 
-    rows = []
-    for _ in dataset(contenders[0][3][:1]).take(1):
+    for _ in dataset(contenders[0][1][:1]).take(1):
         pass  # what TensorFlow does but once is not the first contender's
-    for repeat in range(repeats):
-        for source, setting, cache, files, client, chosen in contenders:
-            mine = files[comm.rank :: comm.size]
-            data = iter(dataset(mine, client, **chosen, epochs=None))
-            if cache == "cold":
-                drop_cache(mine)
-            else:
-                for file in mine:
-                    Path(file).read_bytes()
-            key = {"source": source, "setting": setting, "cache": cache, "repeat": repeat, "rank": comm.rank}
-            key["resident"] = resident(mine)
-            comm.Barrier()
-            if client is not None:
-                client.wait_until_idle()  # what the contender before read ahead is not this one's
-            comm.Barrier()
-            for step in range(steps):
-                failure, begin_s = None, time.perf_counter()
-                try:
-                    samples = len(next(data)[0])
-                except StopIteration:
-                    failure = ValueError(f"the files of rank {comm.rank} of {source!r} have no whole batch")
-                except Exception as error:
-                    failure = error
-                ready_s = time.perf_counter()
-                time.sleep(0 if failure else compute_s)
-                done_s = time.perf_counter()
-                # Also tells the others, who would wait for this rank for ever.
-                if comm.allreduce(failure is not None, op=MPI.LOR):
-                    if failure is not None:
-                        raise failure
-                    return rows
-                end_s = time.perf_counter()
-                times = {"wait_s": ready_s - begin_s, "compute_s": done_s - ready_s, "sync_s": end_s - done_s}
-                rate = {"samples": samples, "samples_per_s": samples / (end_s - begin_s)}
-                rows.append({**key, "step": step, **times, **rate})
-            del data  # or its threads read on while the next contender is timed
+    rows = []
+    for repeat, (key, files, client, chosen) in turns(contenders, repeats):
+        mine = files[comm.rank :: comm.size]
+        data = iter(dataset(mine, client, **chosen, epochs=None))
+        if key["cache"] == "cold":
+            drop_cache(mine)
+        else:
+            for file in mine:
+                Path(file).read_bytes()
+        key = {**key, "repeat": repeat, "rank": comm.rank, "resident": resident(mine)}
+        comm.Barrier()
+        if client is not None:
+            client.wait_until_idle()  # what the contender before read ahead is not this one's
+        comm.Barrier()
+        rows += [{**key, "step": step, **_step(comm, data, compute_s)} for step in range(steps)]
+        del data  # or its threads read on while the next contender is timed
     return rows
 
 
+def _step(comm: MPI.Comm, data: Iterator, compute_s: float) -> dict[str, float]:
+    from mpi4py import MPI
+
+    failure, begin_s = None, time.perf_counter()
+    try:
+        samples = len(next(data)[0])
+    except StopIteration:
+        failure = ValueError(f"the files of rank {comm.rank} have no whole batch")
+    except Exception as error:
+        failure = error
+    ready_s = time.perf_counter()
+    time.sleep(0 if failure else compute_s)
+    done_s = time.perf_counter()
+    # Also tells the others, who would wait for this rank for ever.
+    failed = comm.allreduce(comm.rank if failure else comm.size, op=MPI.MIN)
+    if failed < comm.size:
+        raise failure or RuntimeError(f"rank {failed} could not read")
+    end_s = time.perf_counter()
+    times = {"wait_s": ready_s - begin_s, "compute_s": done_s - ready_s, "sync_s": end_s - done_s}
+    return {**times, "samples": samples, "samples_per_s": samples / (end_s - begin_s)}
+
+
 def accelerator_utilisation(table: pd.DataFrame) -> pd.DataFrame:
-    """How much of the time was spent computing, the measure of MLPerf Storage, per run of `measure`'s table.
+    """How much of the time was spent computing, the measure of MLPerf Storage, per run of `measure_pipeline`'s table.
 
     Returns
     -------
@@ -276,8 +280,7 @@ def accelerator_utilisation(table: pd.DataFrame) -> pd.DataFrame:
         sums of all ranks; samples_per_s, of all ranks together.
     """
     key, parts = ["source", "setting", "cache", "repeat"], ["wait_s", "compute_s", "sync_s"]
-    if missing := [name for name in [*key, *parts, "rank", "samples"] if name not in table]:
-        raise ValueError(f"the table must come from measure; it lacks {', '.join(missing)}")
+    require_columns(table, [*key, *parts, "rank", "samples"])
     groups = table.groupby(key, sort=False)
     sums, ranks = groups[[*parts, "samples"]].sum(), groups["rank"].nunique()
     total_s = sums[parts].sum(axis=1)
@@ -286,43 +289,6 @@ def accelerator_utilisation(table: pd.DataFrame) -> pd.DataFrame:
         "samples_per_s": sums["samples"] * ranks / total_s,
     }
     return sums.assign(**shares)[list(shares)].reset_index()
-
-
-def drop_cache(paths: Iterable[str | os.PathLike[str]]) -> float:
-    """Ask the operating system to forget the contents of files; returns which part of their pages it kept.
-
-    0.0 means that the next reading is from the disk (or from what caches below the operating system there are),
-    1.0 that the file system, such as tmpfs, cannot forget.  No file is changed.
-    """
-    paths = list(paths)
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # pages that are not on the disk yet cannot be dropped
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-    return resident(paths)
-
-
-def resident(paths: Iterable[str | os.PathLike[str]]) -> float:
-    """Which part of the files' pages lies in the page cache, by mincore(2); empty files count as nothing.
-
-    Linux tells it only of files that are the caller's or that the caller could write, and says 1.0 of others.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    pages = kept = 0
-    for path in paths:
-        if not os.path.getsize(path):
-            continue
-        mapped = np.memmap(path, np.uint8, "r")
-        flags = np.empty(-(-mapped.size // mmap.PAGESIZE), np.uint8)
-        if libc.mincore(
-            ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(mapped.size), flags.ctypes.data_as(ctypes.c_void_p)
-        ):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), os.fspath(path))
-        pages, kept = pages + flags.size, kept + int((flags & 1).sum())
-    return kept / pages if pages else 0.0
 
 
 def _require_settings(chosen: Mapping[str, Any]) -> None:

@@ -1,13 +1,13 @@
 """Dark-matter-like volumes after CosmoFlow: made from a theory curve, written as TFRecord, read by index.
 
-CosmoFlow learns three cosmological parameters from the density of dark matter in a cube.  Its simulations are
+CosmoFlow learns three cosmological parameters from the density of dark matter in a cube. Its simulations are
 not at hand, so `sample` draws lognormal fields instead: random fields that are positive like a density and
-whose power spectrum is the theory's.  What a network can learn here is therefore what the spectrum tells; the
+whose power spectrum is the theory's. What a network can learn here is therefore what the spectrum tells; the
 filaments that gravity makes are not in it.
 
 The ranges of the parameters are those of CosmoFlow's simulations (the script that ran them,
-github.com/NERSC/cosmoflow-sims, MUSIC/OmSiNs/runCode.py).  The box is CosmoFlow's too: its simulations were
-512 Mpc/h wide and cut in eight, so a cube of 128^3 voxels is 256 Mpc/h wide.  A smaller cube shows the same
+github.com/NERSC/cosmoflow-sims, MUSIC/OmSiNs/runCode.py). The box is CosmoFlow's too: its simulations were
+512 Mpc/h wide and cut in eight, so a cube of 128^3 voxels is 256 Mpc/h wide. A smaller cube shows the same
 256 Mpc/h in coarser voxels.
 """
 
@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.fft
 
+from nurion_utils._checks import whole_number
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -33,9 +35,11 @@ _LOW, _HIGH = np.array(list(RANGES.values())).T
 _HUBBLE, _OMEGA_B = 67.0, 0.049
 _PARTICLES = np.float32(8)
 _INDEX = "index.csv"
-_COLUMNS = ["file", "offset", "length", "crc32", "size", *RANGES]
+_TYPES = {"file": str, **dict.fromkeys(["offset", "length", "crc32", "size"], int), **dict.fromkeys(RANGES, float)}
+_COLUMNS = list(_TYPES)
 # A TFRecord is: length (8 bytes), its checksum (4), the data, their checksum (4).
 _HEADER, _FOOTER = 12, 4
+FRAME_BYTES = _HEADER + _FOOTER
 
 
 def theory(k_h_per_mpc: np.ndarray, parameters: np.ndarray) -> np.ndarray:
@@ -80,7 +84,7 @@ def lognormal(size: int, parameters: np.ndarray, rng: np.random.Generator) -> np
     """A lognormal field of density over mean density, whose power spectrum is `theory`.
 
     The correlation function xi of the density belongs to ln(1 + xi) of a Gaussian field (Coles & Jones
-    1991).  The transform is made on the grid, so the spectra agree mode by mode; the few modes where the
+    1991). The transform is made on the grid, so the spectra agree mode by mode; the few modes where the
     Gaussian's power would be negative are set to 0.
 
     Returns
@@ -121,8 +125,8 @@ def sample(index: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
 def network_input(density: np.ndarray) -> np.ndarray:
     """log(1 + particles) of one volume, shifted and scaled to a mean of about 0 and a spread of about 1.
 
-    CosmoFlow's voxels of 2 Mpc/h held 8 particles on average (512^3 particles in 512 Mpc/h).  Shift and scale
-    are those of one volume in the middle of the ranges, hence the same for all samples of a size.  Without
+    CosmoFlow's voxels of 2 Mpc/h held 8 particles on average (512^3 particles in 512 Mpc/h). Shift and scale
+    are those of one volume in the middle of the ranges, hence the same for all samples of a size. Without
     the shift a network takes several times as long to find sigma_8, which moves the mean by a few per cent.
     """
     mean, spread = _moments(density.shape[0])
@@ -195,14 +199,13 @@ def write(directory: Path, samples: int, size: int, seed: int = 0, volumes_per_f
     import pandas as pd
     import tensorflow as tf
 
-    for name, value in [("samples", samples), ("volumes_per_file", volumes_per_file)]:
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}.")
-    if size < 4 or size % 2:
-        raise ValueError(f"size must be an even number of voxels of at least 4, not {size}.")
+    whole_number(samples, "samples")
+    whole_number(volumes_per_file, "volumes_per_file")
+    if whole_number(size, "size", least=4) % 2:
+        raise ValueError(f"size must be an even number of voxels, not {size}")
     directory = Path(directory)
     if (directory / _INDEX).exists():
-        raise ValueError(f"{directory} holds volumes already: open them with Volumes, or name another directory.")
+        raise ValueError(f"{directory} holds volumes already: open them with Volumes, or name another directory")
     directory.mkdir(parents=True, exist_ok=True)
 
     rows = []
@@ -215,7 +218,7 @@ def write(directory: Path, samples: int, size: int, seed: int = 0, volumes_per_f
                 record = _encode(density, parameters)
                 writer.write(record)
                 rows.append([path.name, offset, len(record), zlib.crc32(record), size, *parameters])
-                offset += _HEADER + len(record) + _FOOTER
+                offset += len(record) + FRAME_BYTES
     with _whole(directory / _INDEX) as part:
         pd.DataFrame(rows, columns=_COLUMNS).to_csv(part, index=False)
 
@@ -248,6 +251,40 @@ def _encode(density: np.ndarray, parameters: np.ndarray) -> bytes:
     return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
 
 
+def require_whole(path: str | os.PathLike[str]) -> None:
+    """OSError or ValueError with the path unless a TFRecord file can be read, and every record's checksum is right.
+
+    TensorFlow says what is wrong with a record but not in which file, and takes an end within a header for the end.
+    """
+    import tensorflow as tf
+    from tensorflow.python.lib.io._pywrap_record_io import RecordIterator  # public names give a warning
+
+    with open(path, "rb"):
+        pass
+    wrong, read = "truncated", 0
+    try:
+        for record in RecordIterator(os.fspath(path), ""):
+            read += len(record) + FRAME_BYTES
+    except tf.errors.OpError as error:
+        wrong = error.message
+    if not read or read != os.path.getsize(path):
+        raise ValueError(f"{path} is damaged after {read} bytes ({wrong}): write the volumes again")
+
+
+def decode(record: bytes, path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Network input and targets of one record; ValueError with the path of its file if it is not a volume."""
+    import tensorflow as tf
+
+    try:
+        feature = tf.train.Example.FromString(record).features.feature
+        volume = np.frombuffer(feature["volume"].bytes_list.value[0], "<f4")
+        volume = volume.reshape((round(len(volume) ** (1 / 3)),) * 3)
+        parameters = np.array(feature["parameters"].float_list.value).reshape(len(RANGES))
+    except Exception as error:  # protobuf's own DecodeError, IndexError, ValueError
+        raise ValueError(f"{path} holds a record that is not a volume ({error}): write the volumes again") from None
+    return network_input(volume)[..., None], targets_of(parameters)
+
+
 class Volumes:
     """Volumes that `write` wrote, read by index; `Shard.dataset` makes a tf.data.Dataset of them.
 
@@ -268,19 +305,23 @@ class Volumes:
         self.directory = Path(directory)
         path = self.directory / _INDEX
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: volumes.write makes it, as the last of its files.")
-        self.index = pd.read_csv(path)
+            raise FileNotFoundError(f"{path} is missing: volumes.write makes it, as the last of its files")
+        wrong = f"{path} is not an index of volumes: its first line must be {','.join(_COLUMNS)}, and numbers follow"
+        try:
+            self.index = pd.read_csv(path, dtype=_TYPES)
+        except ValueError:  # pandas' own errors are, too
+            raise ValueError(wrong) from None
         if list(self.index.columns) != _COLUMNS or self.index.empty:
-            raise ValueError(f"{path} is not an index of volumes: its first line must be {','.join(_COLUMNS)}.")
+            raise ValueError(wrong)
         ends = (self.index["offset"] + self.index["length"]).groupby(self.index["file"]).max()
         for file, end in ends.items():
             path = self.directory / file
             if not path.exists():
-                raise FileNotFoundError(f"{path} is missing, though {_INDEX} lists it: write the volumes again.")
-            if path.stat().st_size < _HEADER + end + _FOOTER:
+                raise FileNotFoundError(f"{path} is missing, though {_INDEX} lists it: write the volumes again")
+            if path.stat().st_size < end + FRAME_BYTES:
                 raise ValueError(
-                    f"{path} is truncated, {path.stat().st_size} bytes instead of {_HEADER + end + _FOOTER}: "
-                    "write the volumes again."
+                    f"{path} is truncated, {path.stat().st_size} bytes instead of {end + FRAME_BYTES}: "
+                    "write the volumes again"
                 )
 
     def __len__(self) -> int:
@@ -296,19 +337,15 @@ class Volumes:
         y : numpy.ndarray, float32, shape (n, 3)
             `targets_of` the parameters.
         """
-        import tensorflow as tf
-
-        inputs, parameters = [], []
+        pairs = []
         for row in self.index.iloc[list(indices)].itertuples():
             path = self.directory / row.file
             with path.open("rb") as file:
                 record = os.pread(file.fileno(), row.length, row.offset + _HEADER)
             if zlib.crc32(record) != row.crc32:
                 raise ValueError(
-                    f"{path} is damaged at sample {row.Index} (its checksum is wrong): write the volumes again."
+                    f"{path} is damaged at sample {row.Index} (its checksum is wrong): write the volumes again"
                 )
-            feature = tf.train.Example.FromString(record).features.feature
-            volume = np.frombuffer(feature["volume"].bytes_list.value[0], "<f4")
-            inputs.append(network_input(volume.reshape((row.size,) * 3))[..., None])
-            parameters.append(feature["parameters"].float_list.value)
-        return np.stack(inputs), targets_of(parameters)
+            pairs.append(decode(record, path))
+        inputs, targets = zip(*pairs, strict=True)
+        return np.stack(inputs), np.stack(targets)
