@@ -422,7 +422,7 @@ result.style.format("{:.3f}")
 #
 # ## How well is the accelerator used?
 #
-# The benchmark MLPerf Storage asks one number of a storage system: **accelerator utilisation**, the time spent computing over the total time. A storage system passes with CosmoFlow from 70 % on. It does not train a network, it waits as long as one would take: what is measured is the storage, and no accelerator is needed. `pipeline.measure` does so on your ranks, which meet after every step.
+# The benchmark MLPerf Storage asks one number of a storage system: **accelerator utilisation**, the time spent computing over the total time. A storage system passes with CosmoFlow from 70 % on. It does not train a network, it waits as long as one would take: what is measured is the storage, and no accelerator is needed. `pipeline.measure_pipeline` does so on your ranks, which meet after every step.
 #
 # What can be done in the pipeline before anyone buys a burst buffer: read **ahead** while training computes (prefetch), read **several files at once** (interleave), **keep** the data in memory after the first epoch, pack volumes into **fewer files**. **Predict** for each of these: will it help on Lustre, and will it help with many small files?
 
@@ -443,7 +443,7 @@ with EmulatedFileSystem(folders["Lustre"], lustre) as slow, EmulatedFileSystem(f
         for name, emulated in {"Lustre": slow, "burst buffer": fast}.items()
         for layout in ("many", "few")
     }
-    observed = pipeline.measure(
+    observed = pipeline.measure_pipeline(
         world, sources, settings, pipeline_steps, compute_s=0.03, repeats=pipeline_repeats, caches=["warm"]
     )
 pipeline_others = load.cores()
@@ -475,11 +475,11 @@ plt.show()
 #
 # ### A trap: the page cache
 #
-# All of these had been told to wait. A *real* disk has a trick of its own: what was read lately stays in the memory of the operating system, the **page cache**. If you measure a loader twice, you measure the disk once, and memory after that. So `measure` knows both states, and its column `resident` says which part of the files was in memory when the run began. (`wait_s` is per step.)
+# All of these had been told to wait. A *real* disk has a trick of its own: what was read lately stays in the memory of the operating system, the **page cache**. If you measure a loader twice, you measure the disk once, and memory after that. So `measure_pipeline` knows both states, and its column `resident` says which part of the files was in memory when the run began. (`wait_s` is per step.)
 
 # %%
 plain = {"local disk": Source(folders["burst buffer"] / "few")}
-local = pipeline.measure(world, plain, {"on demand": {"batch_size": 8}}, 8, compute_s=0.0, repeats=3)
+local = pipeline.measure_pipeline(world, plain, {"on demand": {"batch_size": 8}}, 8, compute_s=0.0, repeats=3)
 local.groupby("cache")[["resident", "wait_s", "samples_per_s"]].median().style.format("{:.3g}")
 
 # %% [markdown]

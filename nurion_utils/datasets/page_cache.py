@@ -14,7 +14,7 @@ def drop_cache(paths: Iterable[str | os.PathLike[str]]) -> float:
     """Ask the operating system to forget the contents of files; returns which part of their pages it kept.
 
     0.0 means that the next reading is from the disk (or from what caches below the operating system there are),
-    1.0 that the file system, such as tmpfs, cannot forget.  No file is changed.
+    1.0 that the file system, such as tmpfs, cannot forget. No file is changed.
     """
     paths = list(paths)
     for path in paths:

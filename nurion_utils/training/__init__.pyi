@@ -1,4 +1,5 @@
 from . import callbacks as callbacks
+from . import communicator as communicator
 from . import elastic as elastic
 from . import memory as memory
 from . import models as models

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from nurion_utils._checks import one_of
+
 if TYPE_CHECKING:
     import keras
     import pandas as pd
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
 
 # Numbers that an optimizer keeps beside each weight.
 OPTIMIZER_SLOTS = {"sgd": 0, "momentum": 1, "lars": 1, "adam": 2, "lamb": 2}
-# Horovod packs gradients into one buffer of this size before it reduces them (HOROVOD_FUSION_THRESHOLD).
-FUSION_BUFFER_BYTES = 64 * 2**20
+# Horovod 0.28 packs gradients into one buffer of this size before it reduces them (its operations.cc; its prose says
+# 64 MiB). HOROVOD_FUSION_THRESHOLD changes it.
+FUSION_BUFFER_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,7 @@ class Footprint:
     state_bytes: int = 0
 
     def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZER_SLOTS:
-            known = ", ".join(OPTIMIZER_SLOTS)
-            raise ValueError(f"optimizer must be one of {known}, not {self.optimizer!r}.")
+        one_of(self.optimizer, "optimizer", OPTIMIZER_SLOTS)
 
     def table(self, batch_size: int) -> pd.DataFrame:
         """Memory by component for a batch per node: columns component and size_bytes."""
@@ -79,7 +80,7 @@ class Footprint:
 def footprint(model: keras.Model, optimizer: str = "adam") -> Footprint:
     """What a Keras model takes in training.
 
-    Weights and gradients are exact.  The activations are an estimate: the output of every layer is kept once.
+    Weights and gradients are exact. The activations are an estimate: the output of every layer is kept once.
     Scratch space of the kernels is not in it, nor what a framework saves by fusing layers or overwriting one.
     """
     import keras
@@ -89,7 +90,7 @@ def footprint(model: keras.Model, optimizer: str = "adam") -> Footprint:
             yield from layers_of(layer) if isinstance(layer, keras.Model) else (layer,)
 
     if not model.built:
-        raise ValueError(f"Model {model.name!r} has no shapes yet: give it an Input, or build it.")
+        raise ValueError(f"model {model.name!r} has no shapes yet: give it an Input, or build it")
     activations = 0
     for layer in layers_of(model):
         # These hand their input on and keep nothing.
@@ -97,7 +98,7 @@ def footprint(model: keras.Model, optimizer: str = "adam") -> Footprint:
             continue
         shape = layer.output.shape[1:]
         if None in shape:
-            raise ValueError(f"Layer {layer.name!r} has an output of unknown size: give the Input a fixed shape.")
+            raise ValueError(f"layer {layer.name!r} has an output of unknown size: give the Input a fixed shape")
         activations += prod(shape) * _bytes_per_number(layer.compute_dtype)
     return Footprint(
         weight_bytes=_bytes_of(model.trainable_weights),

@@ -1,12 +1,14 @@
 """The networks that the notebooks train: CosmoFlow, its small sister, ResNet-50 and a perceptron.
 
-Volumes and images have their channels last.  No network here uses the other samples of a batch (ResNet-50,
+Volumes and images have their channels last. No network here uses the other samples of a batch (ResNet-50,
 which normalises over the batch, is the exception), so that P ranks of batch B can equal one rank of P x B.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from nurion_utils._checks import one_of
 
 if TYPE_CHECKING:
     import keras
@@ -17,14 +19,14 @@ def cosmoflow(outputs: int = 3) -> keras.Model:
 
     Read in the authors' code (github.com/NERSC/cosmoflow, CosmoNet.py, which goes with Mathuriya et al. 2018,
     arXiv 1808.04728): kernels, channels, strides, unpadded convolutions, average pooling, widths of the dense
-    layers, Glorot initialisation and biases of 0.1.  The code counts 7,041,443 parameters for 3 outputs, and
-    a log of its runs 7,041,186 for 2; this network has exactly as many.  As float32 gradients they are
+    layers, Glorot initialisation and biases of 0.1. The code counts 7,041,443 parameters for 3 outputs, and
+    a log of its runs 7,041,186 for 2; this network has exactly as many. As float32 gradients they are
     28.17 MB; the paper's figure is remembered as 28.15 MB.
 
     Inferred: the code declares a third pooling whose result it never uses, and folds the 8^3 x 256 values
-    that follow into 64 rows of 2048.  One row of 2048, as the first dense layer expects, comes out if that
-    pooling follows the fourth convolution; so it does here.  The slope of the leaky ReLU is a setting that
-    the code reads from elsewhere: 0.2 here.  Its dropout, also a setting, is left out.
+    that follow into 64 rows of 2048. One row of 2048, as the first dense layer expects, comes out if that
+    pooling follows the fourth convolution; so it does here. The slope of the leaky ReLU is a setting that
+    the code reads from elsewhere: 0.2 here. Its dropout, also a setting, is left out.
 
     Parameters
     ----------
@@ -71,7 +73,7 @@ def cosmoflow(outputs: int = 3) -> keras.Model:
 def cosmoflow_small(size: int, outputs: int = 3) -> keras.Model:
     """CosmoFlow's small sister: the same kinds of layers, as many as bring ``size``^3 down to 4^3.
 
-    It has 1.45 million parameters at 64^3, 0.36 million at 32^3 and 0.09 million at 16^3.  Unlike its sister
+    It has 1.45 million parameters at 64^3, 0.36 million at 32^3 and 0.09 million at 16^3. Unlike its sister
     it averages over the volume before the dense layers: the universe is alike everywhere, and from a few
     hundred volumes a network that is not told so learns them by heart.
 
@@ -82,8 +84,7 @@ def cosmoflow_small(size: int, outputs: int = 3) -> keras.Model:
     outputs : int
         Parameters to predict.
     """
-    if size not in (8, 16, 32, 64, 128):
-        raise ValueError(f"size must be 8, 16, 32, 64 or 128 voxels, not {size}.")
+    one_of(size, "size", (8, 16, 32, 64, 128))
     import keras
     from keras import layers
 

@@ -33,27 +33,27 @@ def DistributedOptimizer(  # noqa: N802 - the name the field knows
 ) -> keras.optimizers.Optimizer:
     """Make an optimizer average its gradients over all ranks before it clips and applies them.
 
-    >>> model.compile(optimizer=DistributedOptimizer(keras.optimizers.Adam(1e-3)), loss="mse")
+    >>> model.compile(optimizer=DistributedOptimizer(keras.optimizers.Adam(1e-3)), loss="mse")  # doctest: +SKIP
 
     The optimizer itself is taken over, not copied: slots, iterations, learning-rate schedules and exclusions
     from weight decay stay, so training resumes from a saved model with ``DistributedOptimizer(model.optimizer)``
-    on any number of ranks.  It saves as the plain Keras optimizer it was, and loads without this package.
+    on any number of ranks. It saves as the plain Keras optimizer it was, and loads without this package.
 
     Parameters
     ----------
     optimizer : keras.optimizers.Optimizer
-        Any optimizer of Keras 3 or derived from one, `LossScaleOptimizer` and `MultiOptimizer` included.  Under
+        Any optimizer of Keras 3 or derived from one, `LossScaleOptimizer` and `MultiOptimizer` included. Under
         the global policy ``mixed_float16`` it gets the `LossScaleOptimizer` that ``compile`` would put around it.
     op : Horovod's Average, Sum, Adasum, Min, Max or Product
         How Horovod combines the gradients; Adasum needs 2^k ranks.
     compression : horovod.tensorflow.Compression.none or .fp16, or a class with their two methods
     reducer : callable, optional
         Averages in Horovod's place: it gets all gradients as one flat array (float32, or float64 if one of them
-        is) and must average it over the ranks in place.  Horovod is not initialised then, and need not be installed.
+        is) and must average it over the ranks in place. Horovod is not initialised then, and need not be installed.
     observer : callable, optional
-        Sees the gradients before and after, such as `nurion_utils.large_batch.NoiseScale`.  It is called with this
+        Sees the gradients before and after, such as `nurion_utils.large_batch.NoiseScale`. It is called with this
         rank's gradients, with the function that averages such a list, and with how many accumulated batches they
-        are means of; it must return the averages.  A scalar that it adds to the list travels in the same message.
+        are means of; it must return the averages. A scalar that it adds to the list travels in the same message.
 
     Returns
     -------

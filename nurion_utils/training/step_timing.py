@@ -1,6 +1,7 @@
 """Where the time of a training step goes, measured on real ranks."""
 
-import itertools
+from __future__ import annotations
+
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+
+from nurion_utils._checks import one_of
+from nurion_utils.timing import turns
 
 if TYPE_CHECKING:
     import keras
@@ -17,7 +21,7 @@ STAGES = ("forward", "gradient", "update", "allreduce")  # each does what the on
 
 
 def step_times(
-    build: "Callable[[], keras.Model]",
+    build: Callable[[], keras.Model],
     batches: Callable[[], Iterator[tuple[Any, Any]]],
     *,
     stages: tuple[str, ...] = STAGES,
@@ -78,10 +82,9 @@ def step_times(
     longest = max(block(stage, 3)[0] for stage in stages)
     count = max(1, math.ceil(block_s / longest))
     rows = []
-    for turn in range(rounds):
-        for stage in itertools.chain(stages[turn % len(stages) :], stages[: turn % len(stages)]):
-            step_s, input_s = block(stage, count)
-            rows.append((turn, stage, comm.size, batch_size, step_s, input_s, comm.size * batch_size / step_s))
+    for turn, stage in turns(stages, rounds):
+        step_s, input_s = block(stage, count)
+        rows.append((turn, stage, comm.size, batch_size, step_s, input_s, comm.size * batch_size / step_s))
     columns = ["round", "stage", "ranks", "batch_per_rank", "step_s", "input_s", "samples_per_s"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -114,9 +117,8 @@ def parts(times: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["part", "time_s", "low_s", "high_s"])
 
 
-def _stage(stage: str, model: "keras.Model", reducer: Any) -> "Callable[[Any, Any], tf.Tensor]":
-    if stage not in STAGES:
-        raise ValueError(f"there is no stage {stage!r}; choose from {', '.join(STAGES)}")
+def _stage(stage: str, model: keras.Model, reducer: Any) -> Callable[[Any, Any], tf.Tensor]:
+    one_of(stage, "stage", STAGES)
     import keras
     import tensorflow as tf
 

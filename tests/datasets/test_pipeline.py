@@ -8,14 +8,13 @@ import pandas as pd
 import pytest
 
 from nurion_utils.datasets import volumes
+from nurion_utils.datasets.page_cache import drop_cache, resident
 from nurion_utils.datasets.pipeline import (
     MINIMUM_UTILISATION,
     Source,
     accelerator_utilisation,
     dataset,
-    drop_cache,
-    measure,
-    resident,
+    measure_pipeline,
 )
 from nurion_utils.ranks import RankError
 from nurion_utils.storage import EmulatedFileSystem, ParallelFileSystem
@@ -116,7 +115,7 @@ def test_that_a_tmpfs_cannot_forget_is_reported():
 def test_ranks_wait_for_the_slow_source_and_not_for_the_fast_one(world2, folder):
     with EmulatedFileSystem(folder, SLOW) as store:
         sources = {"Lustre": Source(folder / "many", store.client()), "burst buffer": Source(folder / "many")}
-        table = measure(world2, sources, {"plain": {}}, steps=10, compute_s=0.02, repeats=2, caches=["warm"])
+        table = measure_pipeline(world2, sources, {"plain": {}}, steps=10, compute_s=0.02, repeats=2, caches=["warm"])
         log = store.log()
     assert len(table) == 2 * 2 * 10 * 2
     opened = log[log["target"] == -1]["path"].value_counts()
@@ -132,7 +131,7 @@ def test_reading_ahead_hides_reading_that_is_shorter_than_computing(world2, fold
     with EmulatedFileSystem(folder, SLOW) as store:
         settings = {"on demand": {}, "ahead": {"prefetch": 2}}
         sources = {"Lustre": Source(folder / "many", store.client())}
-        table = measure(world2, sources, settings, steps=8, compute_s=0.1, repeats=2, caches=["warm"])
+        table = measure_pipeline(world2, sources, settings, steps=8, compute_s=0.1, repeats=2, caches=["warm"])
     later = table[table["step"] > 1].groupby("setting")["wait_s"].median()
     assert later["ahead"] < 0.5 * later["on demand"]
 
@@ -140,25 +139,44 @@ def test_reading_ahead_hides_reading_that_is_shorter_than_computing(world2, fold
 def test_many_small_files_wait_for_opens_that_few_large_ones_do_not_make(world2, folder):
     with EmulatedFileSystem(folder, SLOW) as store:
         sources = {name: Source(folder / name, store.client()) for name in ("many", "few")}
-        table = measure(world2, sources, {"plain": {"batch_size": 3}}, 4, 0.0, repeats=2, caches=["warm"])
+        table = measure_pipeline(world2, sources, {"plain": {"batch_size": 3}}, 4, 0.0, repeats=2, caches=["warm"])
     wait_s = table.groupby("source")["wait_s"].sum()
     assert wait_s["many"] > 2 * wait_s["few"]  # 24 opens of 20 ms against 4
 
 
 def test_cold_and_warm_runs_are_kept_apart_and_say_what_was_in_the_page_cache(world2, folder):
     can_forget = drop_cache(Source(folder / "few").files()) < 1
-    table = measure(world2, {"here": Source(folder / "few")}, {"plain": {}}, 2, 0.0, repeats=1)
+    table = measure_pipeline(world2, {"here": Source(folder / "few")}, {"plain": {}}, 2, 0.0, repeats=1)
     found = table.groupby("cache")["resident"].mean()
     assert found["warm"] == 1.0
     assert found["cold"] < 0.1 if can_forget else found["cold"] == 1.0
+
+
+@pytest.mark.parametrize("many", [1, 2])
+@pytest.mark.parametrize("damage", ["cut", "cut in a header", "emptied", "changed", "something else", "removed"])
+def test_a_damaged_file_is_named(folder, tmp_path, damage, many):
+    import tensorflow as tf
+
+    good = Path(Source(folder / "few").files()[1]).read_bytes()
+    path = tmp_path / "part.tfrecord"
+    if damage == "something else":
+        with tf.io.TFRecordWriter(str(path)) as writer:
+            writer.write(b"not a volume")
+    elif damage != "removed":
+        changed = good[:500] + bytes([good[500] ^ 1]) + good[501:]
+        path.write_bytes({"cut": good[:-1], "cut in a header": good[:5], "emptied": b"", "changed": changed}[damage])
+    with pytest.raises(tf.errors.OpError, match=str(path)):
+        read(dataset([Source(folder / "few").files()[0], path], cycle_length=many))
 
 
 def test_a_rank_that_cannot_read_ends_the_measurement_of_all_with_the_reason(world2, folder, tmp_path):
     volumes.write(tmp_path / "broken", 2, SIZE, volumes_per_file=1)
     path = Source(tmp_path / "broken").files()[1]
     Path(path).write_bytes(Path(path).read_bytes()[:-100])
-    with pytest.raises(RankError, match="(?s)rank 1.*(truncated|DataLoss)"):
-        measure(world2, {"broken": Source(tmp_path / "broken")}, {"plain": {}}, 3, 0.0, repeats=1, caches=["warm"])
+    with pytest.raises(RankError, match="(?s)rank 1.*volumes-00001.tfrecord is damaged"):
+        measure_pipeline(
+            world2, {"broken": Source(tmp_path / "broken")}, {"plain": {}}, 3, 0.0, repeats=1, caches=["warm"]
+        )
     assert world2.run(lambda: 1) == [1, 1]
 
 
@@ -170,7 +188,7 @@ def test_utilisation_is_computing_over_everything_summed_over_ranks():
     ]
     (row,) = accelerator_utilisation(pd.DataFrame(rows)).to_dict("records")
     assert (row["accelerator_utilisation"], row["samples_per_s"]) == (0.75, 2.0)
-    with pytest.raises(ValueError, match="must come from measure; it lacks .*cache"):
+    with pytest.raises(ValueError, match="it lacks .*cache"):
         accelerator_utilisation(pd.DataFrame({"source": ["s"]}))
 
 
@@ -196,7 +214,7 @@ class World:
         ({"settings": {"a": {"cache": 1}}}, "cache must be True or False"),
         ({"steps": 0}, "steps must be"),
         ({"repeats": 1.5}, "repeats must be"),
-        ({"compute_s": -1}, "compute_s must be a number above 0"),
+        ({"compute_s": -1}, "compute_s must be a number from 0"),
         ({"caches": ["hot"]}, "'cold', 'warm'"),
         ({"caches": []}, "'cold', 'warm'"),
     ],
@@ -204,13 +222,13 @@ class World:
 def test_what_cannot_be_measured_is_refused_before_a_rank_is_asked(folder, changes, says):
     usual = {"sources": {"s": Source(folder / "few")}, "settings": {"plain": {}}, "steps": 2, "compute_s": 0.0}
     with pytest.raises(ValueError, match=says):
-        measure(World(), **{**usual, **changes})
+        measure_pipeline(World(), **{**usual, **changes})
 
 
 def test_files_that_are_too_few_or_out_of_the_stores_reach_are_refused(folder, tmp_path):
     volumes.write(tmp_path / "one", 2, SIZE)
     with pytest.raises(ValueError, match="1 files for 2 ranks; write volumes to more files"):
-        measure(World(), {"s": Source(tmp_path / "one")}, {"plain": {}}, 1, 0.0)
+        measure_pipeline(World(), {"s": Source(tmp_path / "one")}, {"plain": {}}, 1, 0.0)
     with pytest.raises(ValueError, match="has no .*tfrecord files"):
         Source(tmp_path).files()
     with EmulatedFileSystem(folder, FAST) as store, pytest.raises(ValueError, match="leads out of the file system"):

@@ -42,7 +42,7 @@ def test_the_small_sister_has_the_stated_parameters(size, millions):
 
 
 def test_a_size_that_does_not_halve_down_to_4_is_refused():
-    with pytest.raises(ValueError, match="size must be 8, 16, 32, 64 or 128 voxels, not 48"):
+    with pytest.raises(ValueError, match="size must be one of 8, 16, 32, 64, 128, not 48"):
         models.cosmoflow_small(48)
 
 
@@ -189,7 +189,7 @@ def test_a_model_inside_a_model_is_counted_with_its_layers():
 
 
 def test_what_cannot_be_estimated_is_refused_in_one_sentence():
-    with pytest.raises(ValueError, match="optimizer must be one of sgd, .*, not 'adagrad'"):
+    with pytest.raises(ValueError, match="optimizer must be one of 'sgd', .*, not 'adagrad'"):
         memory.footprint(models.mlp(), "adagrad")
     with pytest.raises(ValueError, match="has no shapes yet: give it an Input"):
         memory.footprint(keras.Sequential([keras.layers.Dense(2)]))

@@ -34,5 +34,5 @@ def test_the_parts_of_a_step_add_up_to_the_step(world2) -> None:
 
 
 def test_an_unknown_stage_is_refused_with_the_known_ones(world2) -> None:
-    with pytest.raises(ranks.RankError, match="no stage 'sideways'; choose from forward"):
+    with pytest.raises(ranks.RankError, match="stage must be one of 'forward', .*, not 'sideways'"):
         world2.run(measure, ("sideways",))

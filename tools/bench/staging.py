@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from blocks import alternate
 
-from nurion_utils.datasets.pipeline import drop_cache, resident
+from nurion_utils.datasets.page_cache import drop_cache, resident
 
 FOLDERS = 50
 BUFFER_BYTES = 1 << 20
