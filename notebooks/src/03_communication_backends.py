@@ -33,10 +33,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from nurion_utils import allreduce, ranks
-from nurion_utils.backends import comparing, epochs, fusion, recording, timeline
+from nurion_utils import backends, jobs, ranks, recordings, style, timing
+from nurion_utils.backends import recording, timeline
+from nurion_utils.backends.timeline import draw
 
-plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
+style.use()
 files = Path(tempfile.mkdtemp())
 world = ranks.start(n_ranks)
 world.client[:]["folder"] = str(files)  # a variable of this name on every rank
@@ -136,7 +137,7 @@ one_layer.head(6).assign(start_s=one_layer["start_s"].round(5), duration_s=one_l
 
 # %% alt="A Gantt chart of three training steps. Lanes: when each rank computes, negotiation, and copying into buffers, transfer and copying out of them. Each step shows one long bar of computing per rank; towards its end a first transfer begins, which lasts several milliseconds, and a second one follows after the computing."
 first_s, last_s = compute[compute["step"] == 3]["start_s"].min(), (fused["start_s"] + fused["duration_s"]).max()
-figure = timeline.draw(fused, compute, first_s=first_s, last_s=last_s + 0.001)
+figure = draw.timeline(fused, compute, first_s=first_s, last_s=last_s + 0.001)
 plt.show()
 
 # %% [markdown]
@@ -182,7 +183,7 @@ computed = traced("unfused", fusion_bytes=0)
 # %% alt="The end of one training step without fusion: the lanes for copying into and out of buffers are empty, and one transfer follows the other, one per layer, each with the number of a buffer of its own."
 unfused, compute_unfused = read_trace("unfused")
 end_s = compute_unfused[(compute_unfused["step"] == 4) & (compute_unfused["rank"] == 0)].eval("start_s + duration_s").item()
-figure = timeline.draw(unfused, compute_unfused, first_s=end_s - 0.002, last_s=end_s + 0.008)
+figure = draw.timeline(unfused, compute_unfused, first_s=end_s - 0.002, last_s=end_s + 0.008)
 plt.show()
 
 # %%
@@ -196,9 +197,9 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
-# No copying any more, but a transfer, with its start-up, for each of the 24 layers. With 590 kB per layer the two are not far apart: the steps of one run scatter by more than that. The start-ups cost time, and not having to copy saves some. With many *small* gradients it does. MobileNetV2, a network made for telephones, and here only a third as wide as usual, has 158 of them in 1.6 MB.
+# No copying any more, but a transfer, with its start-up, for each of the 24 layers. With 590 kB per layer the two are not far apart: the steps of one run scatter by more than that. The start-ups cost time, and not having to copy saves some. With many *small* gradients it does. MobileNetV2, a network made for mobile phones, and here only a third as wide as usual, has 158 of them in 1.6 MB.
 #
-# `fusion.sweep` computes its gradients and averages them, each submitted when it is ready, under several settings in turn; before each turn it measures what computing takes alone. Besides the longest buffer it varies the **cycle time**, how long Horovod's thread sleeps before it looks for new tensors, and the **compression**: `fp16` halves the bytes. The last bar shows what *writing* a timeline costs.
+# `backends.measure_fusion` computes its gradients and averages them, each submitted when it is ready, under several settings in turn; before each turn it measures what computing takes alone. Besides the longest buffer it varies the **cycle time**, how long Horovod's thread sleeps before it looks for new tensors, and the **compression**: `fp16` halves the bytes. The last bar shows what *writing* a timeline costs.
 #
 # **Predict** which of the seven settings makes the shortest step, and which the longest.
 
@@ -213,7 +214,7 @@ settings = [
     {"timeline": True},
 ]
 labels = ["no fusion", "64 KiB buffers", "defaults", "cycle 0.1 ms", "cycle 5 ms", "float16", "timeline on"]
-swept = fusion.sweep(world, settings, repeats=turns)
+swept = backends.measure_fusion(world, settings, repeats=turns)
 swept["label"] = [labels[number] for number in swept["setting"]]
 
 # %% alt="Horizontal bars of the time that communicating adds to a training step under seven settings, with one dot per turn. It is longest with a timeline, with a cycle of 5 ms and without fusion; with the defaults and with float16 it is among the shortest. The dots of a setting lie one to three milliseconds apart."
@@ -239,8 +240,8 @@ plt.show()
 # Horovod can look for a cycle time and a buffer by itself while it trains (`HOROVOD_AUTOTUNE=1`): it tries points, scores each in bytes of gradients per time, and lets a Bayesian optimiser say where to try next. It searches only for what has not been set, so it gets fresh ranks here, and the same network. `SHORT_SEARCH` ends the search after some 15 points of few steps each, a sixth of what Horovod would take; the last point is the best one once more.
 
 # %% alt="Left: the score of each point that Horovod's search tried, in the order of the search, with the best one so far as a line. Right: the points in the plane of cycle time and buffer size, larger dots for higher scores; the large ones have cycle times up to about 10 ms."
-with ranks.start(n_ranks, env=fusion.SHORT_SEARCH) as fresh:
-    search = fusion.autotune(fresh)
+with ranks.start(n_ranks, env=backends.SHORT_SEARCH) as fresh:
+    search = backends.autotune(fresh)
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3), layout="constrained")
 left.plot(search["point"], search["score"], "o", color="#0072B2", label="point")
 left.plot(search["point"], search["score"].cummax(), color="#D55E00", drawstyle="steps-post", label="best so far")
@@ -264,7 +265,7 @@ print(f"best: cycle {best['cycle_ms']:.1f} ms, {best['fusion_mb']:.0f} MiB, {bes
 #
 # ## Three libraries, by message size
 #
-# Now one allreduce at a time, as a program sees it: from handing a tensor to Horovod until the sum is there. `compare_backends` measures it. The backends take turns; before that, a timeline confirms which library really ran, and every sum is compared with the exact one. Gloo needs processes of its own; MPI and oneCCL take turns in the same ones.
+# Now one allreduce at a time, as a program sees it: from handing a tensor to Horovod until the sum is there. `measure_backends` measures it. Each backend has processes of its own, and they take turns; before that, a timeline confirms which library really ran, and before and after each measurement a sum is compared with the exact one.
 #
 # `oneCCL ring` is oneCCL with its algorithm set (`CCL_ALLREDUCE=ring`). Why that is needed comes below.
 #
@@ -272,7 +273,7 @@ print(f"best: cycle {best['cycle_ms']:.1f} ms, {best['fusion_mb']:.0f} MiB, {bes
 
 # %%
 names = ["MPI", "Gloo", "oneCCL ring"]
-compared = backends.compare_backends(sizes, n_ranks, names, repeats=turns, cycles_ms=(1.0, 0.1))
+compared = backends.measure_backends(sizes, n_ranks, names, repeats=turns, cycles_ms=(1.0, 0.1))
 for backend, why in compared.groupby("backend")["absent"].first().items():
     if why:
         print(f"{backend} is absent: {why}")
@@ -304,7 +305,7 @@ axes[0].legend(frameon=False)
 plt.show()
 
 # %%
-speedups = comparing.ratios(compared)
+speedups = timing.ratios(compared, "MPI", "backend", by=["cycle_ms", "size_bytes"])
 against_mpi = speedups[(speedups["cycle_ms"] == 0.1) & (speedups["backend"] == "oneCCL ring")]
 against_mpi[["size_bytes", "speedup", "low", "high", "least", "most", "turns"]].round(2)
 
@@ -318,14 +319,14 @@ against_mpi[["size_bytes", "speedup", "low", "high", "least", "most", "turns"]].
 # Without `CCL_ALLREDUCE` the result is another one. oneCCL runs over MPI here (`CCL_ATL_TRANSPORT=mpi`), and in that case the algorithm that it chooses by itself is called *direct*. Its manual explains: based on `MPI_Iallreduce`, which is MPI's own allreduce, started in the background. **Predict** how it compares with MPI.
 
 # %%
-recorded = recording.backends() if live else comparing.recorded()
+recorded = recording.backends() if live else recordings.load("backends")
 origin = "measured here" if live else "recorded"
 chosen = recorded[(recorded["ranks"] == 2) & (recorded["cycle_ms"] == 0.1) & (recorded["size_bytes"] >= 2**22)]
 took_ms = chosen.pivot_table(index=["memory", "backend"], columns="size_bytes", values="time_s", aggfunc="median") * 1e3
 print("measured here" if live else recorded["source"].iloc[0])
 shown = {}
 for memory in ("freed", "kept"):
-    faster = comparing.ratios(chosen[chosen["memory"] == memory]).pivot(index="backend", columns="size_bytes", values="speedup")
+    faster = timing.ratios(chosen[chosen["memory"] == memory], "MPI", "backend", by=["size_bytes"]).pivot(index="backend", columns="size_bytes", values="speedup")
     for backend in ("MPI", "oneCCL", "oneCCL ring"):
         ratio = [f"  ({faster.loc[backend, size]:.2f} x)" if backend != "MPI" else "" for size in took_ms]
         shown[memory, backend] = [f"{ms:.2f} ms{x}" for ms, x in zip(took_ms.loc[memory, backend], ratio, strict=True)]
@@ -336,7 +337,7 @@ pd.DataFrame(shown, index=took_ms.columns).T.rename_axis(index=["memory", "backe
 #
 # (In brackets: how many times as fast as MPI, by turns.) With its ring it wins, and at 64 MB by more where memory is *freed* than where it is *kept*. That part of the advantage has nothing to do with algorithms. MPICH takes a buffer as long as the message for each allreduce and frees it afterwards; the C library gives such a large piece back to Linux, and Linux clears each page of the next one. oneCCL keeps its buffers. Your own comparison above was with memory freed, which is what you get unless you ask: `backends.KEEP_MEMORY` holds settings of the C library that make a process keep what it freed, and with them MPI takes half the time at 64 MB. The averages need new memory as well, over any library, so the ring gains too, at the middle sizes even more than MPI. What remains of the difference is how the library adds and moves the numbers; we did not take that apart.
 #
-# ### Why Gloo was mended
+# ### Why this build patches Gloo
 #
 # You did not see Gloo as it is shipped: that one takes 3 to 6 ms for 4 kB. `perf`, a profiler of Linux, asked what it does all that time, counts 480,000 calls of `epoll_wait` in two seconds of such allreduces, against 12,000 messages that were read.
 #
@@ -345,7 +346,7 @@ pd.DataFrame(shown, index=took_ms.columns).T.rename_axis(index=["memory", "backe
 # %%
 gloo = recorded[(recorded["cycle_ms"] == 0.1) & (recorded["memory"] == "freed") & recorded["backend"].str.startswith("Gloo")]
 took_ms = gloo.pivot_table(index="size_bytes", columns=["ranks", "backend"], values="time_s", aggfunc="median") * 1e3
-mended = comparing.ratios(gloo, of="Gloo as shipped").pivot(index="size_bytes", columns="ranks", values="speedup")
+mended = timing.ratios(gloo, "Gloo as shipped", "backend", by=["ranks", "size_bytes"]).pivot(index="size_bytes", columns="ranks", values="speedup")
 print(f"{origin}; the last column of each is the median over the turns")
 pd.DataFrame(
     {
@@ -372,13 +373,21 @@ pd.DataFrame(
 # **Predict:** at 64 MB the ring was more than twice as fast as MPI. Will the epoch be?
 
 # %%
-resnet = epochs.measure(["MPI", "oneCCL ring"], n_ranks, image=image, steps=epoch_steps, repeats=turns)
+resnet = backends.measure_epochs(["MPI", "oneCCL ring"], n_ranks, image=image, steps=epoch_steps, repeats=turns)
 shares = resnet.groupby("backend")[["epoch_s", "communication_s", "communication_share", "images_per_s"]].median()
 shares.round(3)
 
 # %%
-gain = epochs.speedups(resnet).iloc[0]
-share, faster = gain["communication_share"], gain["communication_speedup"]
+def gains(table: pd.DataFrame) -> pd.DataFrame:
+    """How many times as fast as over MPI an epoch is, by turns; the share and the speedup of its communication."""
+    gained = timing.ratios(table, "MPI", "backend", value="epoch_s").set_index("backend")
+    median = table.groupby("backend")[["epoch_s", "communication_s"]].median()
+    share = median.loc["MPI", "communication_s"] / median.loc["MPI", "epoch_s"]
+    return gained.assign(share=share, communication=median.loc["MPI", "communication_s"] / median["communication_s"])
+
+
+gain = gains(resnet).loc["oneCCL ring"]
+share, faster = gain["share"], gain["communication"]
 predicted = 1 / ((1 - share) + share / faster)
 rest_ms = (shares["epoch_s"] - shares["communication_s"]) * 1e3
 print(f"communication {faster:.2f} times as fast, {share:.0%} of an epoch over MPI")
@@ -399,7 +408,7 @@ print(f"epoch {gain['speedup']:.2f} times as fast ({gain['low']:.2f} to {gain['h
 # So a gain depends on the model: one with fewer weights per computation has a smaller $f$, and the same library gives it less. That would explain why other models gave other results.
 
 # %% alt="Left: bars of the speedup of an epoch: measured here for ResNet-50, and, hatched and labelled published, 1.8 to 2 on Nurion and 2.15 by Intel and Amazon. Right: curves of the speedup of an epoch against the share of communication for communication 1.5, 2 and 4 times as fast and for communication that takes no time, with the point measured here and the published band of 1.8 to 2, which the last curve enters at a share of 44 per cent, that of four times as fast at 59 per cent and that of twice as fast at 89 per cent."
-published = epochs.published().set_index("study")
+published = recordings.load("published_backends").set_index("study")
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained", width_ratios=[1, 1.3])
 error = [[gain["speedup"] - gain["low"]], [gain["high"] - gain["speedup"]]]
 left.bar([f"here,\n{n_ranks} ranks"], [gain["speedup"]], yerr=error, color="#D55E00", ec="black", lw=0.6, capsize=4)
@@ -427,15 +436,15 @@ plt.show()
 # With other images, or another network between the ranks, the gain is another one, or there is none:
 
 # %%
-runs = recording.resnet_epochs() if live else epochs.recorded()
+runs = recording.resnet_epochs() if live else recordings.load("resnet_epochs")
 rows = []
 for (image_size, rate), group in runs.groupby(["image", runs["rate_mbit"].fillna(0)]):
     waited_s = group.groupby("backend")["communication_s"].median()
-    for row in epochs.speedups(group).itertuples():
-        f, s = row.communication_share, row.communication_speedup
-        wire = epochs.GRADIENT_BYTES * 8 / (rate * 1e6) / waited_s[row.backend] if rate else np.nan
+    for row in gains(group).itertuples():
+        f, s = row.share, row.communication
+        wire = backends.GRADIENT_BYTES * 8 / (rate * 1e6) / waited_s[row.Index] if rate else np.nan
         where = f"links of {rate:g} Mbit/s" if rate else "through memory"
-        rows.append((where, image_size, row.backend, f, s, 1 / ((1 - f) + f / s), row.speedup, row.low, row.high, wire))
+        rows.append((where, image_size, row.Index, f, s, 1 / ((1 - f) + f / s), row.speedup, row.low, row.high, wire))
 columns = ["network", "image", "backend", "share", "communication", "by Amdahl", "epoch", "low", "high", "wire used"]
 elsewhere = pd.DataFrame(rows, columns=columns)
 elsewhere.round(2)
@@ -456,7 +465,7 @@ elsewhere.round(2)
 
 # %% alt="Two panels, two ranks and four ranks on two cores: speed relative to MPI against the size of the tensor, for oneCCL's ring with its worker thread and without. On two ranks the ring is somewhat slower than MPI for small tensors, with the worker thread a little more so than without; both win for large ones. On four ranks the ring with its worker behaves much the same, and without it it is many times slower than MPI."
 quickly = recorded[(recorded["cycle_ms"] == 0.1) & (recorded["memory"] == "freed")]
-worker = comparing.ratios(quickly)
+worker = timing.ratios(quickly, "MPI", "backend", by=["ranks", "size_bytes"])
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained", sharey=True)
 LOOKS = {"oneCCL ring": ("with worker thread", "#D55E00", "^", "-"), "oneCCL ring, no worker": ("without", "#0072B2", "o", "--")}
 for axis, n in zip(axes, (2, 4), strict=True):
@@ -494,38 +503,33 @@ took_us.loc[["MPI", "oneCCL ring", "oneCCL ring, no worker"]].round(0).add_suffi
 # | ranks that share cores | MPI, or oneCCL with its worker, never without | the last figure |
 # | no MPI, or ranks that may be lost while others go on | Gloo, with a core for its watcher | it needs TCP only; Horovod's elastic mode is built on it |
 #
-# In a job script, after the modules that Nurion's guide names:
+# `backends.settings` gives the environment variables that `init` sets: they are what a job script has to export. Here is a job over oneCCL on top of MPI, with one rank per node. The last core of each node is for oneCCL's worker thread, and one is left free for Horovod's own; with several ranks per node divide the threads, and name a worker's core for each rank. Never leave the algorithm to "direct".
 
 # %%
 from nurion_utils import sites
 
-print("module load", *sites.load("nurion").scheduler.job_modules)
+cores = sites.load("nurion").node.cores
+oneccl = {
+    "CCL_ATL_TRANSPORT": "mpi",
+    "CCL_ALLREDUCE": "rabenseifner:0-1048576;ring:1048577-max",
+    "CCL_WORKER_COUNT": "1",
+    "CCL_WORKER_AFFINITY": str(cores - 1),
+}
+environment = backends.settings(backends.Backend("CCL", oneccl)) | {"OMP_NUM_THREADS": str(cores - 2)}
+print(jobs.job_script("nurion", None, "python train.py", nodes=4, hours=1, environment=environment))
 
 # %% [markdown]
-# ```bash
-# # MPI. Intel MPI and MVAPICH2, the MPI libraries on Nurion, have the same binary interface as MPICH,
-# # so a Horovod that was built with MPICH should run on either (not tried on Nurion, see below).
-# export HOROVOD_CPU_OPERATIONS=MPI HOROVOD_CONTROLLER=mpi
-# export MV2_ENABLE_AFFINITY=0      # MVAPICH2 only: do not tie all threads of a rank to one core
-# ```
+# Over MPI alone the same job exports less. Intel MPI and MVAPICH2, the MPI libraries on Nurion, have the same binary interface as MPICH, so a Horovod that was built with MPICH should run on either (not tried on Nurion, see below); MVAPICH2 must be told not to tie all threads of a rank to one core:
+
+# %%
+backends.settings("MPI") | {"MV2_ENABLE_AFFINITY": "0"}
+
+# %% [markdown]
+# For Gloo start with `horovodrun --gloo`, and name the fast network, as with `HOROVOD_GLOO_IFACE=ib0`; else the host's name decides which one is used.
 #
-# ```bash
-# # or oneCCL over that MPI, with algorithms that you have measured; never leave it to "direct"
-# export HOROVOD_CPU_OPERATIONS=CCL HOROVOD_CONTROLLER=mpi CCL_ATL_TRANSPORT=mpi
-# export CCL_ALLREDUCE="rabenseifner:0-1048576;ring:1048577-max"
-# export CCL_WORKER_COUNT=1 CCL_WORKER_AFFINITY=67   # one rank per node: the last core of a KNL for the worker,
-# export OMP_NUM_THREADS=66                          # and one left free for Horovod's thread; with several ranks
-#                                                    # divide the threads, and name a worker's core for each rank
-# ```
+# We had no access to Nurion when this was written: the names of modules are from its guide, the settings from the manuals of the libraries, and the combination has not been run there. The algorithms and the size between them (Rabenseifner's for fewer steps, see the last notebook) are a starting point, not measured here; `measure_backends` and twenty minutes of a debug queue give you your own. Then train two steps with `HOROVOD_TIMELINE` set, read the file with `timeline.read`, and look at `activity`.
 #
-# ```bash
-# # or Gloo: start with horovodrun --gloo, and name the fast network; else the host's name decides which one is used
-# export HOROVOD_GLOO_IFACE=ib0
-# ```
-#
-# We had no access to Nurion when this was written: the names of modules are from its guide, the settings from the manuals of the libraries, and the combination has not been run there. The algorithms and the size between them (Rabenseifner's for fewer steps, see the last notebook) are a starting point, not measured here; `compare_backends` and twenty minutes of a debug queue give you your own. Then train two steps with `HOROVOD_TIMELINE` set, read the file with `timeline.read`, and look at `activity`.
-#
-# One trap: `HOROVOD_CPU_OPERATIONS=GLOO` in a job that was started by `mpiexec` crashes unless `HOROVOD_CONTROLLER=gloo` and the addresses that `horovodrun` would set are there too. `backends.init("Gloo")` sets them.
+# One trap: `HOROVOD_CPU_OPERATIONS=GLOO` in a job that was started by `mpiexec` crashes unless `HOROVOD_CONTROLLER=gloo` and the addresses that `horovodrun` would set are there too. `backends.init("Gloo")` sets them. Where a backend cannot run it raises a `BackendError`, on all ranks alike, which says why.
 #
 # ## Without Horovod
 #

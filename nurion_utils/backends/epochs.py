@@ -1,8 +1,7 @@
 """One epoch of ResNet-50 with dummy data over each backend: the experiment of the founding paper, small.
 
->>> from nurion_utils.backends import epochs
->>> table = epochs.measure(["MPI", "oneCCL ring"], image=64)
->>> epochs.speedups(table)
+>>> table = measure_epochs(["MPI", "oneCCL ring"], image=64)  # doctest: +SKIP
+>>> timing.ratios(table, "MPI", "backend", by=["image"], value="epoch_s")  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nurion_utils import recordings
-from nurion_utils._checks import require_columns, whole_number
-from nurion_utils.backends.comparing import Groups
-from nurion_utils.backends.horovod import Backend, init, named, shutdown
+from nurion_utils._checks import whole_number
+from nurion_utils.backends.choosing import Backend, named
+from nurion_utils.backends.horovod import init, shutdown
+from nurion_utils.backends.measuring import BackendWorlds
+from nurion_utils.training import models
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
 GRADIENT_BYTES = 4 * 25_583_592
 
 
-def measure(
+def measure_epochs(
     backends: Sequence[str] | Mapping[str, Backend] = ("MPI", "oneCCL ring"),
     ranks: int = 2,
     *,
@@ -34,7 +33,6 @@ def measure(
     batch: int = 4,
     steps: int = 4,
     repeats: int = 5,
-    env: Mapping[str, str] | None = None,
     rate_mbit: float | None = None,
 ) -> pd.DataFrame:
     """Train ResNet-50 for epochs of a few steps on random images, the backends in turn, and say where the time went.
@@ -46,7 +44,7 @@ def measure(
     Parameters
     ----------
     backends
-        Names in `nurion_utils.backends.horovod.BACKENDS`, or backends of your own by name.
+        Names in `BACKENDS`, or backends of your own by name.
     ranks
         Ranks per backend.
     image
@@ -57,8 +55,6 @@ def measure(
         Steps of an epoch.
     repeats
         Epochs per backend.
-    env
-        Further environment variables for the ranks; not with `rate_mbit`.
     rate_mbit
         If given, the ranks sit in a network lab with links of that rate, in Mbit/s.
 
@@ -80,59 +76,15 @@ def measure(
 
     chosen = named(backends)
     ranks, image = whole_number(ranks, "ranks", 2), whole_number(image, "image", 32)
-    batch, steps = whole_number(batch, "batch"), whole_number(steps, "steps")
-    repeats = whole_number(repeats, "repeats")
-    rows = []
-    with Groups(chosen, ranks, env, rate_mbit, most_bytes=4 * GRADIENT_BYTES * (steps + 1)) as groups:
-        for repeat, name in groups.turns(repeats):
-            for times in groups.run(name, _epoch, chosen[name], image, batch, steps)[:1]:
-                rows.append((name, ranks, image, batch, repeat, *times, ""))
-        for name, why in groups.absent.items():
-            rows.append((name, ranks, image, batch, -1, np.nan, np.nan, why))
+    batch, steps, repeats = whole_number(batch, "batch"), whole_number(steps, "steps"), whole_number(repeats, "repeats")
+    with BackendWorlds(chosen, ranks, rate_mbit=rate_mbit, most_bytes=4 * GRADIENT_BYTES * (steps + 1)) as worlds:
+        observed = worlds.observe(repeats, _epoch, image, batch, steps)
+    rows = [(name, ranks, image, batch, turn, *(times or (np.nan,) * 2), why) for name, turn, times, why in observed]
     columns = ["backend", "ranks", "image", "batch_per_rank", "repeat", "epoch_s", "communication_s", "absent"]
     table = pd.DataFrame(rows, columns=columns)
     table.insert(7, "communication_share", table["communication_s"] / table["epoch_s"])
     table.insert(8, "images_per_s", ranks * batch * steps / table["epoch_s"])
     return table
-
-
-def speedups(table: pd.DataFrame, of: str = "MPI") -> pd.DataFrame:
-    """How many times as fast as over `of` an epoch is over each other backend, by pairs of turns.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per backend and image: ``speedup`` (median), ``low, high`` (quartiles), ``communication_share`` of
-        `of` (median), ``communication_speedup`` (ratio of the median times in communication).
-    """
-    import pandas as pd
-
-    require_columns(table, ["backend", "image", "repeat", "epoch_s", "communication_s"])
-    measured = table.dropna(subset="epoch_s")
-    if of not in set(measured["backend"]):
-        raise ValueError(f"the table has no time of {of!r}, only of {', '.join(sorted(set(measured['backend'])))}")
-    if measured.duplicated(["backend", "image", "repeat"]).any():
-        raise ValueError("the table has several times of the same turn; choose the rows of one network")
-    rows = []
-    for image, group in measured.groupby("image"):
-        epochs = group.pivot(index="repeat", columns="backend", values="epoch_s")
-        waiting = group.groupby("backend")["communication_s"].median()
-        share = (waiting / group.groupby("backend")["epoch_s"].median())[of]
-        for name in [name for name in epochs if name != of]:
-            low, median, high = (epochs[of] / epochs[name]).quantile([0.25, 0.5, 0.75])
-            rows.append((name, image, median, low, high, share, waiting[of] / waiting[name]))
-    columns = ["backend", "image", "speedup", "low", "high", "communication_share", "communication_speedup"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def recorded() -> pd.DataFrame:
-    """What `measure` gave elsewhere: its columns, ``rate_mbit`` (empty without a lab) and ``source``."""
-    return recordings.load("resnet_epochs")
-
-
-def published() -> pd.DataFrame:
-    """Published speedups of one communication library over another, with sources; ``data/published_backends.csv``."""
-    return recordings.load("published_backends")
 
 
 def _epoch(backend: Backend, image: int, batch: int, steps: int) -> tuple[float, float]:
@@ -161,8 +113,6 @@ def _trainer(image: int, batch: int) -> tuple[Callable, Callable, Callable, Any,
     import horovod.tensorflow as hvd
     import keras
     import tensorflow as tf
-
-    from nurion_utils.training import models
 
     model = models.resnet50(image)
     variables = model.trainable_variables

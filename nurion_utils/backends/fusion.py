@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
-import time
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nurion_utils._checks import positive, whole_number
-from nurion_utils.backends.horovod import init, named, shutdown
+from nurion_utils import timing
+from nurion_utils._checks import one_of, whole_number
+from nurion_utils.backends import choosing
+from nurion_utils.backends.choosing import FUSION_BYTES, named
+from nurion_utils.backends.horovod import init, shutdown
+from nurion_utils.backends.measuring import written_by_rank_0
 from nurion_utils.training import models
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from nurion_utils.ranks import World
 
-DEFAULTS = {"fusion_bytes": 128 << 20, "cycle_ms": 1.0, "compression": "none", "timeline": False}
+DEFAULTS = {"fusion_bytes": FUSION_BYTES, "cycle_ms": 1.0, "compression": "none", "timeline": False}
 BLOCK_S = 0.15  # steps are repeated until a block of them can be timed
 
 # How long Horovod's search takes: points to throw away, steps of a sample (a point is the median of five), points to
@@ -33,7 +35,7 @@ SHORT_SEARCH = {
 }
 
 
-def sweep(
+def measure_fusion(
     world: World,
     settings: Sequence[Mapping[str, Any]],
     model: Callable[[], keras.Model] = models.mobilenet,
@@ -81,29 +83,36 @@ def sweep(
     """
     import pandas as pd
 
-    whole_number(repeats, "repeats")
-    batch, (carrier,) = whole_number(batch, "batch"), named([backend]).values()
-    if not isinstance(settings, Sequence) or not len(settings):
+    batch, repeats = whole_number(batch, "batch"), whole_number(repeats, "repeats")
+    complete = _complete(settings, named([backend])[backend].operations)
+    turns = list(timing.turns(range(len(complete)), repeats))
+    in_turn = [complete[number] for _, number in turns]
+    times = world.run(_measured, model, batch, backend, in_turn, timeout_s=timeout_s)[0]
+    rows = [
+        {"setting": number, **complete[number], "repeat": repeat, **observed}
+        for (repeat, number), observed in zip(turns, times, strict=True)
+    ]
+    return pd.DataFrame(rows).sort_values(["setting", "repeat"], ignore_index=True)
+
+
+def _complete(settings: Sequence[Mapping[str, Any]], operations: str) -> list[dict[str, Any]]:
+    """The settings with Horovod's defaults for what they leave out; ValueError for what is not possible."""
+    if not isinstance(settings, Sequence) or isinstance(settings, str) or not len(settings):
         raise ValueError(f"settings must be a list such as [{{}}, {{'cycle_ms': 5.0}}], not {settings!r}")
     complete = []
     for setting in settings:
         if not isinstance(setting, Mapping) or set(setting) - set(DEFAULTS):
             raise ValueError(f"a setting is a dictionary with some of {', '.join(DEFAULTS)}, not {setting!r}")
-        complete.append({**DEFAULTS, **setting})
-        positive(complete[-1]["cycle_ms"], "cycle_ms")
-        whole_number(complete[-1]["fusion_bytes"], "fusion_bytes", 0)
-        if complete[-1]["compression"] not in ("none", "fp16"):
-            raise ValueError(f"compression must be 'none' or 'fp16', not {setting['compression']!r}")
-        if complete[-1]["compression"] == "fp16" and carrier.operations == "CCL":
+        full = {**DEFAULTS, **setting}
+        if None in full.values():
+            raise ValueError(f"a setting has values; leave out what shall have its default in {setting!r}")
+        choosing.settings(cycle_ms=full["cycle_ms"], fusion_bytes=full["fusion_bytes"])
+        one_of(full["compression"], "compression", ("none", "fp16"))
+        one_of(full["timeline"], "timeline", (False, True))
+        if full["compression"] == "fp16" and operations == "CCL":
             raise ValueError("Horovod cannot reduce float16 over oneCCL; use MPI or Gloo, or compression='none'")
-    turns = [((turn + repeat) % len(complete), repeat) for repeat in range(repeats) for turn in range(len(complete))]
-    in_turn = [complete[number] for number, _ in turns]
-    times = world.run(_swept, model, batch, backend, in_turn, timeout_s=timeout_s)[0]
-    rows = [
-        {"setting": number, **complete[number], "repeat": repeat, **observed}
-        for (number, repeat), observed in zip(turns, times, strict=True)
-    ]
-    return pd.DataFrame(rows).sort_values(["setting", "repeat"], ignore_index=True)
+        complete.append(full)
+    return complete
 
 
 def autotune(
@@ -114,7 +123,7 @@ def autotune(
     steps: int = 200,
     timeout_s: float | None = 600.0,
 ) -> pd.DataFrame:
-    """Have Horovod search its fusion threshold and cycle time in a training, whose steps are those of `sweep`.
+    """Have Horovod search its fusion threshold and cycle time in a training, whose steps are those of `measure_fusion`.
 
     Parameters
     ----------
@@ -122,7 +131,7 @@ def autotune(
         Fresh ranks, which are of no other use afterwards: Horovod searches only for what was never set in a process,
         and goes on searching. Start them with ``env=SHORT_SEARCH`` for a search of about 200 steps.
     model, batch, backend, timeout_s
-        As for `sweep`.
+        As for `measure_fusion`.
     steps
         How many steps to train.
 
@@ -135,14 +144,13 @@ def autotune(
     """
     import pandas as pd
 
-    steps, batch = whole_number(steps, "steps"), whole_number(batch, "batch")
-    named([backend])
+    steps, batch, _ = whole_number(steps, "steps"), whole_number(batch, "batch"), named([backend])
     table = world.run(_searched, model, batch, backend, steps, timeout_s=timeout_s)[0]
     table = pd.DataFrame(table, columns=["cycle_ms", "fusion_mb", "score"])
     return table.rename_axis("point").reset_index()[["point", "fusion_mb", "cycle_ms", "score"]]
 
 
-def _swept(
+def _measured(
     model: Callable[[], keras.Model], batch: int, backend: str, settings: list[dict[str, Any]]
 ) -> list[dict[str, float]]:
     """On every rank: an observation per setting, in their order; times are those of the slowest rank."""
@@ -151,38 +159,26 @@ def _swept(
     comm = MPI.COMM_WORLD
     step_with = lru_cache(_steps(model, batch, comm.rank))
 
-    def block(step: Callable, calls: int) -> float:
-        comm.Barrier()
-        begin_s = time.perf_counter()
-        for _ in range(calls):
-            step()
-        return comm.allreduce((time.perf_counter() - begin_s) / calls, op=MPI.MAX)
-
-    def timed(step: Callable) -> float:
-        block(step, 2)
-        return block(step, int(np.clip(BLOCK_S / block(step, 1), 1, 100)))
+    def step_s(step: Callable) -> float:
+        timing.block(comm, step, 2)
+        return timing.block(comm, step, timing.calls_in(comm, step, BLOCK_S, 100))
 
     observed = []
     for setting in settings:
-        with tempfile.TemporaryDirectory() as directory:
-            file = Path(directory, "timeline.json") if setting["timeline"] else None
-            compute_s = timed(step_with(None))
-            init(backend, cycle_ms=setting["cycle_ms"], fusion_bytes=setting["fusion_bytes"], timeline=file)
+        compute_s = step_s(step_with(None))
+        how = {"cycle_ms": setting["cycle_ms"], "fusion_bytes": setting["fusion_bytes"]}
+        with written_by_rank_0("timeline.json") if setting["timeline"] else contextlib.nullcontext() as file:
+            init(backend, timeline=file, **how)
             step = step_with(setting["compression"])
-            step_s = timed(step)
+            row = {"step_s": step_s(step), "compute_s": compute_s}
             own, averages = step()
             shutdown()
-        _require_average(comm, own[-1].numpy(), averages[-1].numpy())
-        gradient_bytes = sum(gradient.shape.num_elements() * gradient.dtype.size for gradient in own)
-        observed.append({"step_s": step_s, "compute_s": compute_s, "gradient_bytes": gradient_bytes})
+        expected, average = comm.allreduce(own[-1].numpy().astype(float)) / comm.size, averages[-1].numpy()
+        if not np.allclose(average, expected, rtol=1e-2, atol=1e-2 * abs(expected).max()):  # within what float16 tells
+            raise ArithmeticError(f"Horovod's average of a gradient is off by {abs(average - expected).max():.2g}")
+        row["gradient_bytes"] = sum(gradient.shape.num_elements() * gradient.dtype.size for gradient in own)
+        observed.append(row)
     return observed
-
-
-def _require_average(comm: Any, own: np.ndarray, average: np.ndarray) -> None:
-    """ArithmeticError unless Horovod's average is that of MPI, within what float16 can tell apart."""
-    expected = comm.allreduce(own.astype(float)) / comm.size
-    if not np.allclose(average, expected, rtol=1e-2, atol=1e-2 * abs(expected).max()):
-        raise ArithmeticError(f"Horovod's average of a gradient is off by {abs(average - expected).max():.2g}")
 
 
 def _searched(model: Callable[[], keras.Model], batch: int, backend: str, steps: int) -> list[tuple]:
@@ -190,8 +186,7 @@ def _searched(model: Callable[[], keras.Model], batch: int, backend: str, steps:
     import pandas as pd
     from mpi4py import MPI
 
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory, "autotune.csv")
+    with written_by_rank_0("autotune.csv") as file:
         init(backend, cycle_ms=None, fusion_bytes=None, autotune_log=file)
         step = _steps(model, batch, MPI.COMM_WORLD.rank)("none")
         for _ in range(steps):

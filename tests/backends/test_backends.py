@@ -2,14 +2,16 @@
 
 import dataclasses
 import os
+import re
+import sys
+import types
 from functools import partial
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from nurion_utils import backends, ranks
-from nurion_utils.backends import Backend, BackendError, comparing, epochs, fusion
+from nurion_utils import backends, ranks, recordings, timing
+from nurion_utils.backends import Backend, BackendError, measuring, process
 from nurion_utils.training import models
 
 DTYPES = ["float32", "float64", "int32", "int64"]
@@ -63,14 +65,12 @@ def assert_sums(world: ranks.World, backend: str) -> None:
             assert len({got.tobytes() for got, _ in results}) == 1, f"ranks differ, {backend}, {dtype}"
 
 
-# -- the same sums ------------------------------------------------------------------------------------------------
-
-
 def test_mpi_and_oneccl_in_turn_in_the_same_processes_give_numpys_sums(world3):
     for backend in ("MPI", "oneCCL ring", "MPI", "oneCCL ring"):
         assert_sums(world3, backend)
 
 
+@pytest.mark.ranks
 def test_gloo_gives_numpys_sums_again_and_again():
     with ranks.start(3) as world:
         assert_sums(world, "Gloo")
@@ -79,12 +79,9 @@ def test_gloo_gives_numpys_sums_again_and_again():
             world.run(backends.init, backends.GLOO_AS_SHIPPED)
 
 
-# -- which one runs -----------------------------------------------------------------------------------------------
-
-
 def test_a_process_that_ran_over_mpi_refuses_gloo_in_one_sentence(world3):
     world3.run(started_and_ended, "MPI")
-    with pytest.raises(ranks.RankError, match="use ranks of their own for Gloo"):
+    with pytest.raises(ranks.RankError, match="give Gloo ranks of its own"):
         world3.run(backends.init, "Gloo")
 
 
@@ -107,46 +104,169 @@ def test_the_environment_is_afterwards_what_it_was(world3, tmp_path):
     assert world3.run(started_and_ended, "oneCCL ring") == [set()] * 3
 
 
+def test_settings_are_what_a_job_script_exports():
+    chosen = backends.settings("oneCCL ring", cycle_ms=0.5, timeline="t.json")
+    assert chosen == {
+        "CCL_ALLREDUCE": "ring",
+        "HOROVOD_CPU_OPERATIONS": "CCL",
+        "HOROVOD_CONTROLLER": "mpi",
+        "HOROVOD_CYCLE_TIME": "0.5",
+        "HOROVOD_FUSION_THRESHOLD": str(128 << 20),
+        "HOROVOD_TIMELINE": "t.json",
+    }
+    assert "HOROVOD_CYCLE_TIME" not in backends.settings(cycle_ms=None)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"backend": "NCCL"}, "there is no backend 'NCCL'"),
         ({"cycle_ms": 0}, "cycle_ms must be a number above 0"),
+        ({"cycle_ms": 1e39}, "cycle_ms must be a number .*up to 10,000"),  # Horovod would sleep for ever
         ({"fusion_bytes": -1}, "fusion_bytes must be a whole number from 0"),
-        ({"timeline": "/no/such/place/t.json"}, "there is no directory /no/such/place"),
+        ({"fusion_bytes": 2**31}, "fusion_bytes must be a whole number from 0 to 2,147,483,647"),
         ({"timeline": True}, "are names of files, not True"),
+        ({"timeline": b"t.json"}, "are names of files, not b't.json'"),
+        ({"timeline": ""}, "are names of files, not ''"),
+        ({"timeline": "t\0.json"}, "are names of files"),
+        ({"timeline": "DYNAMIC"}, "are names of files"),  # to Horovod that means: not yet
+        ({"autotune_log": 3, "cycle_ms": None}, "are names of files, not 3"),
         ({"autotune_log": "a.csv"}, "there is nothing to search"),
+        ({"autotune_log": "./a", "timeline": "a", "cycle_ms": None}, "are two files, not both a"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_before_horovod_is_touched(settings, words):
+def test_settings_that_are_not_possible_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
-        backends.init("Gloo", **settings)
+        backends.settings(**settings)
 
 
+@pytest.mark.parametrize(
+    ("operations", "env", "words"),
+    [
+        ("NCCL", {}, "the operations of a backend must be one of 'MPI', 'GLOO', 'CCL', not 'NCCL'"),
+        ("CCL", {"CCL_WORKER_COUNT": 1}, "environment variables, which are strings"),
+        ("CCL", None, "environment variables, which are strings, not None"),
+        ("MPI", {"HOROVOD_CYCLE_TIME": "5"}, "HOROVOD_CYCLE_TIME is set by an argument of init"),
+        ("MPI", {"A=B": "5"}, "'A=B' cannot be set to '5'"),
+        ("MPI", {"A": "5\0"}, "'A' cannot be set to"),
+    ],
+)
+def test_a_backend_that_is_not_possible_cannot_be_made(operations, env, words):
+    with pytest.raises(ValueError, match=words):
+        Backend(operations, env)
+
+
+def on_rank_0_only(settings: dict, otherwise: dict) -> None:
+    """On every rank: Horovod started, by other arguments on rank 0."""
+    from mpi4py import MPI
+
+    backends.init("MPI", **(settings if MPI.COMM_WORLD.rank == 0 else otherwise))
+    backends.shutdown()
+
+
+@pytest.fixture
+def places(tmp_path):
+    """What a timeline cannot be written to, by name."""
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "fifo")
+    return {
+        "a directory": tmp_path,
+        "a file in no directory": tmp_path / "none" / "t.json",
+        "a file in a file": tmp_path / "file" / "t.json",
+        "a device": "/dev/full",
+        "a pipe": tmp_path / "fifo",
+        "a link to itself": tmp_path / "loop",
+        "a long name": tmp_path / ("t" * 300),
+        "a folder of the kernel": "/proc/t.json",
+    }
+
+
+@pytest.mark.parametrize("variable", ["HOROVOD_TIMELINE", "HOROVOD_AUTOTUNE_LOG"])
+def test_a_file_that_cannot_be_written_is_refused(places, variable):
+    for place in places.values():
+        with pytest.raises(ValueError, match=f"{re.escape(str(place))} cannot be written: "):
+            process.Process().locked({variable: str(place)})
+
+
+def test_a_timeline_that_cannot_be_written_is_refused_on_all_ranks_before_horovod_starts(world3, places):
+    for name in ("a directory", "a file in a file"):
+        with pytest.raises(ranks.RankError, match="ValueError: .* cannot be written: .*and so did ranks 1, 2"):
+            world3.run(partial(backends.init, timeline=places[name]), "MPI", timeout_s=60)
+    assert not any(world3.run(is_initialized))
+
+
+def test_where_only_one_rank_sees_the_fault_all_ranks_hear_of_it(world3):
+    with pytest.raises(ranks.RankError, match="cycle_ms must be a number"):
+        world3.run(on_rank_0_only, {"cycle_ms": -1}, {}, timeout_s=60)
+    with pytest.raises(ranks.RankError, match="cycle_ms must be a number"):
+        world3.run(on_rank_0_only, {}, {"cycle_ms": -1}, timeout_s=60)
+    with pytest.raises(ranks.RankError, match="give all the same"):
+        world3.run(on_rank_0_only, {}, {"cycle_ms": 2.0}, timeout_s=60)
+    with pytest.raises(ranks.RankError, match="give all the same"):  # rank 0 is the one that writes it
+        world3.run(on_rank_0_only, {}, {"timeline": "/tmp/never_written.json"}, timeout_s=60)
+
+
+def run_in_a_folder_of_its_own(folder: str, timeline: str) -> None:
+    """On every rank: Horovod's timeline written from a folder that only rank 0 has."""
+    import os
+
+    from mpi4py import MPI
+
+    here = os.getcwd()
+    if MPI.COMM_WORLD.rank == 0:
+        os.makedirs(os.path.join(folder, "sub"))
+        os.chdir(folder)
+    try:
+        backends.init("MPI", timeline=timeline)
+        backends.shutdown()
+    finally:
+        os.chdir(here)
+
+
+def test_only_rank_0_must_have_the_folder_of_a_timeline(world3, tmp_path):
+    world3.run(run_in_a_folder_of_its_own, str(tmp_path / "of_rank_0"), "sub/t.json", timeout_s=60)
+    assert (tmp_path / "of_rank_0" / "sub" / "t.json").exists()
+
+
+def test_two_worlds_do_not_write_one_timeline(world3, world2, tmp_path):
+    start = partial(backends.init, timeline=tmp_path / "t.json")
+    world3.run(start, "MPI", timeout_s=60)
+    with pytest.raises(ranks.RankError, match="t.json cannot be written: another Horovod is writing it"):
+        world2.run(start, "MPI", timeout_s=60)
+    world3.run(start, "MPI", timeout_s=60)  # which ends its own first
+    world3.run(backends.shutdown)
+    world2.run(start, "MPI", timeout_s=60)
+    world2.run(backends.shutdown)
+
+
+def is_initialized() -> bool:
+    import horovod.tensorflow as hvd
+
+    return hvd.is_initialized()
+
+
+@pytest.mark.ranks
 def test_gloo_without_its_interface_says_which_there_are():
-    table = backends.compare_backends([1024], backends=["Gloo"], repeats=1, env={"HOROVOD_GLOO_IFACE": "ib7"})
+    table = backends.measure_backends([1024], backends=["Gloo"], repeats=1, env={"HOROVOD_GLOO_IFACE": "ib7"})
     assert table["absent"].str.contains("must name an interface that has an IPv4 address; there are lo").all()
 
 
-def test_backends_with_settings_of_their_own_get_ranks_of_their_own():
-    settings = {"HOROVOD_CACHE_CAPACITY": "0"}
-    with comparing.Groups({"no cache": Backend("MPI", settings), "MPI": Backend("MPI")}, 2) as groups:
-        pids = {name: groups.run(name, os.getpid) for name in ("no cache", "MPI")}
-    assert not set(pids["no cache"]) & set(pids["MPI"])
-
-
+@pytest.mark.ranks
 def test_every_backend_is_verified_by_the_timeline_and_all_give_exact_sums():
-    table = backends.compare_backends([4, 2**16, 2**20], ranks=2, backends=list(backends.BACKENDS), repeats=2)
+    table = backends.measure_backends([4, 2**16, 2**20], ranks=2, backends=list(backends.BACKENDS), repeats=2)
     assert set(table["backend"]) == set(backends.BACKENDS)
     assert (table["absent"] == "").all() and (table["time_s"] > 0).all()
     assert len(table) == 4 * 3 * 2
     np.testing.assert_allclose(table["bus_bandwidth_gb_per_s"], table["size_bytes"] / table["time_s"] * 1e-9)  # P = 2
 
-    compared = comparing.ratios(table)
+    compared = timing.ratios(table, "MPI", "backend", by=["size_bytes"])
     assert set(compared["backend"]) == set(backends.BACKENDS) - {"MPI"}
     assert (compared["turns"] == 2).all()
     assert (compared["least"] <= compared["speedup"]).all() and (compared["speedup"] <= compared["most"]).all()
 
 
+@pytest.mark.ranks
 def test_a_backend_that_is_not_what_runs_is_an_error():
     @dataclasses.dataclass(frozen=True)
     class Pretender(Backend):
@@ -154,24 +274,25 @@ def test_a_backend_that_is_not_what_runs_is_an_error():
         def activity(self) -> str:
             return "CCL_ALLREDUCE"
 
-    with pytest.raises(BackendError, match="carried the tensor with MPI_ALLREDUCE, not with CCL_ALLREDUCE"):
-        backends.compare_backends([1024], backends={"pretender": Pretender("MPI")}, repeats=1)
+    with pytest.raises(BackendError, match="carried the tensor with MPI_ALLREDUCE, not CCL_ALLREDUCE"):
+        backends.measure_backends([1024], backends={"pretender": Pretender("MPI")}, repeats=1)
 
 
+@pytest.mark.ranks
 def test_a_backend_that_cannot_start_is_reported_absent_with_the_reason_and_the_others_are_measured():
     broken = Backend("CCL", {"CCL_ATL_TRANSPORT": "no such transport"})
-    table = backends.compare_backends([1024, 4096], backends={"MPI": Backend("MPI"), "broken": broken}, repeats=2)
+    table = backends.measure_backends([1024, 4096], backends={"MPI": Backend("MPI"), "broken": broken}, repeats=2)
     absent = table[table["backend"] == "broken"]
     assert len(absent) == 2 and absent["time_s"].isna().all()
     assert absent["absent"].str.contains("was ended by|left its process|raised").all()
     assert table[table["backend"] == "MPI"]["time_s"].notna().sum() == 4
-    assert set(comparing.ratios(table)["backend"]) == set()
 
 
+@pytest.mark.ranks
 def test_ranks_that_die_in_the_middle_are_replaced_and_the_table_is_complete(tmp_path, monkeypatch):
-    measured = comparing.timed
+    measured = measuring.timed
 
-    def killed_once(backend: Backend, sizes_bytes: list[int], cycle_ms: float) -> list[float]:
+    def killed_once(*args) -> dict:
         import os
         import signal
 
@@ -180,34 +301,51 @@ def test_ranks_that_die_in_the_middle_are_replaced_and_the_table_is_complete(tmp
         if MPI.COMM_WORLD.rank == 1 and not (tmp_path / "killed").exists():
             (tmp_path / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return measured(backend, sizes_bytes, cycle_ms)
+        return measured(*args)
 
-    monkeypatch.setattr(comparing, "timed", killed_once)
-    table = backends.compare_backends([1024], backends=["MPI"], repeats=2)
+    monkeypatch.setattr(measuring, "timed", killed_once)
+    table = backends.measure_backends([1024], backends=["MPI"], repeats=2)
     assert (tmp_path / "killed").exists()
     assert len(table) == 2 and (table["time_s"] > 0).all()
 
 
-def test_the_build_is_asked_whether_it_has_a_backend(monkeypatch):
-    import sys
-    import types
+@pytest.mark.parametrize(
+    ("built", "words"),
+    [
+        (lambda: types.SimpleNamespace(ccl_built=lambda: 0, mpi_enabled=bool, gloo_enabled=bool), "built without CCL"),
+        (lambda: None, "Horovod cannot be imported here"),
+    ],
+)
+def test_the_build_is_asked_whether_it_has_a_backend(monkeypatch, built, words):
+    monkeypatch.setitem(sys.modules, "horovod.tensorflow", built())
+    with pytest.raises(BackendError, match=words):
+        process.Process().possible(backends.BACKENDS["oneCCL"], {})
 
-    bare = types.SimpleNamespace(mpi_built=lambda: True, gloo_built=lambda: True, ccl_built=lambda: 0)
-    monkeypatch.setitem(sys.modules, "horovod.tensorflow", bare)
-    backends.require_built("MPI")
-    with pytest.raises(BackendError, match="built without CCL"):
-        backends.require_built("oneCCL")
-    monkeypatch.setitem(sys.modules, "horovod.tensorflow", None)
-    with pytest.raises(BackendError, match="Horovod cannot be imported here"):
-        backends.require_built("MPI")
+
+@pytest.mark.parametrize(
+    ("environment", "backend", "how", "words"),
+    [
+        ({"CCL_WORKER_COUNT": "two"}, "oneCCL", {}, "CCL_WORKER_COUNT must be a whole number from 1 up, not 'two'"),
+        ({"CCL_WORKER_COUNT": "0"}, "oneCCL", {}, "CCL_WORKER_COUNT must be a whole number from 1 up, not '0'"),
+        ({"HOROVOD_CYCLE_TIME": "5"}, "MPI", {"autotune_log": "a.csv", "cycle_ms": None}, "there is nothing to search"),
+    ],
+)
+def test_the_environment_is_looked_at_before_horovod_starts(monkeypatch, environment, backend, how, words):
+    every = types.SimpleNamespace(mpi_built=lambda: 1, ccl_built=lambda: 1, mpi_enabled=bool, gloo_enabled=bool)
+    monkeypatch.setitem(sys.modules, "horovod.tensorflow", every)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        process.Process().possible(backends.BACKENDS[backend], backends.settings(backend, **how))
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"sizes_bytes": [6]}, "multiples of 4 bytes"),
-        ({"sizes_bytes": []}, "a list of lengths"),
-        ({"sizes_bytes": "big"}, "a list of lengths"),
+        ({"sizes_bytes": []}, "sizes_bytes must be a list"),
+        ({"sizes_bytes": "big"}, "sizes_bytes must be a list"),
+        ({"sizes_bytes": [2**34]}, "a size in bytes must be a whole number from 4 to"),
         ({"backends": ["NCCL"]}, "there is no backend 'NCCL'"),
         ({"backends": "MPI"}, "a list of names"),
         ({"backends": {"mine": "CCL"}}, "there is no backend 'CCL'"),
@@ -215,88 +353,59 @@ def test_the_build_is_asked_whether_it_has_a_backend(monkeypatch):
         ({"repeats": 0}, "repeats must be"),
         ({"cycles_ms": [0]}, "a cycle time in ms must be a number above 0"),
         ({"cycles_ms": 1.0}, "cycles_ms must be a list"),
-        ({"backends": {"mine": Backend("CCL", {"CCL_WORKER_COUNT": 1})}}, "environment variables are strings"),
+        ({"backends": ["MPI", "MPI"]}, "a backend is given twice"),
+        ({"cycles_ms": [1.0, 1e9]}, "cycle_ms must be a number"),
         ({"env": backends.KEEP_MEMORY, "rate_mbit": 100}, "leave out env or rate_mbit"),
         ({"env": "abc"}, "env must be a dictionary"),
         ({"rate_mbit": 0}, "rate_mbit must be a number above 0"),
         ({"sizes_bytes": [4, 4]}, "given twice"),
         ({"backends": [Backend("MPI")]}, "backends of your own need names"),
-        ({"backends": {"mine": Backend("NCCL")}}, "the operations of a backend are 'MPI', 'GLOO' or 'CCL'"),
-        ({"backends": {"mine": Backend("MPI", {"HOROVOD_CYCLE_TIME": "5"})}}, "is set by an argument of init"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_starts(arguments, words):
     with pytest.raises(ValueError, match=words):
-        backends.compare_backends(**{"sizes_bytes": [1024], **arguments})
+        backends.measure_backends(**{"sizes_bytes": [1024], **arguments})
 
 
-def test_speedups_are_taken_turn_by_turn():
-    times = {"MPI": [4.0, 40.0, 6.0], "other": [2.0, 10.0, 2.0]}
-    rows = [(name, repeat, time_s) for name, each in times.items() for repeat, time_s in enumerate(each)]
-    table = pd.DataFrame(rows, columns=["backend", "repeat", "time_s"]).assign(ranks=2, cycle_ms=1.0, size_bytes=4)
-    (row,) = comparing.ratios(table).itertuples()
-    assert (row.backend, row.speedup, row.least, row.most, row.turns) == ("other", 3.0, 2.0, 4.0, 3)
-    with pytest.raises(ValueError, match="no time of 'Gloo', only of MPI, other"):
-        comparing.ratios(table, of="Gloo")
-
-
+@pytest.mark.ranks
 def test_across_a_slow_network_every_backend_takes_the_time_that_the_wire_needs(permitted):
-    table = backends.compare_backends([2_000_000], 2, ["MPI", "Gloo", "oneCCL ring"], repeats=2, rate_mbit=200)
+    table = backends.measure_backends([2_000_000], 2, ["MPI", "Gloo", "oneCCL ring"], repeats=2, rate_mbit=200)
     assert (table["absent"] == "").all() and len(table) == 6
     wire_s = 8 * 2_000_000 / 200e6
     assert table["time_s"].between(0.9 * wire_s, 3 * wire_s).all()
 
 
-# -- an epoch of ResNet-50 ----------------------------------------------------------------------------------------
-
-
+@pytest.mark.ranks
 def test_an_epoch_of_resnet50_says_what_share_of_it_was_communication():
-    table = epochs.measure(["MPI", "oneCCL ring"], image=32, batch=1, steps=1, repeats=2)
+    table = backends.measure_epochs(["MPI", "oneCCL ring"], image=32, batch=1, steps=1, repeats=2)
     assert len(table) == 4 and (table["absent"] == "").all()
     assert table["communication_share"].between(0.01, 0.99).all()
     np.testing.assert_allclose(table["images_per_s"], 2 / table["epoch_s"])
-    (row,) = epochs.speedups(table).itertuples()
+    (row,) = timing.ratios(table, "MPI", "backend", value="epoch_s").itertuples()
     assert row.backend == "oneCCL ring" and row.low <= row.speedup <= row.high
 
 
-def test_the_speedup_of_an_epoch_comes_with_the_share_and_the_speedup_of_its_communication():
-    rows = [("MPI", 0, 10.0, 4.0), ("MPI", 1, 10.0, 4.0), ("fast", 0, 8.0, 2.0), ("fast", 1, 8.0, 2.0)]
-    table = pd.DataFrame(rows, columns=["backend", "repeat", "epoch_s", "communication_s"]).assign(image=32)
-    (row,) = epochs.speedups(table).itertuples()
-    assert (row.speedup, row.communication_share, row.communication_speedup) == (1.25, 0.4, 2.0)
-
-
 def test_the_published_speedups_come_with_their_sources():
-    published = epochs.published()
+    published = recordings.load("published_backends")
     assert published["source"].str.len().min() > 20
     nurion = published.set_index("study").loc["Nurion"]
     assert (nurion["speedup_low"], nurion["speedup_high"]) == (1.8, 2.0)
 
 
-# -- recorded -----------------------------------------------------------------------------------------------------
-
-
 def test_the_recordings_are_complete_and_as_the_notebook_reads_them():
-    table = comparing.recorded()
+    table = recordings.load("backends")
     turns = table.groupby(["memory", "ranks", "cycle_ms", "size_bytes", "backend"])["repeat"].nunique()
     assert (turns == turns.iloc[0]).all() and turns.iloc[0] >= 7
     assert len(turns) == 2 * 2 * 2 * 7 * 6 and table["absent"].isna().all() and (table["time_s"] > 0).all()
-    with pytest.raises(ValueError, match="several times of the same turn"):
-        comparing.ratios(table)
-    runs = epochs.recorded()
-    with pytest.raises(ValueError, match="several times of the same turn"):
-        epochs.speedups(runs)
+    runs = recordings.load("resnet_epochs")
     assert set(runs["backend"]) == {"MPI", "Gloo", "oneCCL ring"} and runs["absent"].isna().all()
     assert set(runs["rate_mbit"].dropna()) == {200, 1000} and set(runs["image"]) == {64, 128}
     assert runs["source"].str.contains("recorded with horovod").all()
 
 
-# -- many small gradients -----------------------------------------------------------------------------------------
-
-
 def test_settings_are_swept_in_turn_on_real_ranks(world2):
     settings = [{"fusion_bytes": 0}, {}, {"cycle_ms": 50.0}, {"compression": "fp16"}, {"timeline": True}]
-    table = fusion.sweep(world2, settings, models.mlp, repeats=2)
+    table = backends.measure_fusion(world2, settings, models.mlp, repeats=2)
     assert len(table) == 10 and (table["compute_s"] > 0).all()
     by_setting = table.groupby("setting")["step_s"].median()
     assert by_setting[2] > 3 * by_setting[1]  # who looks every 50 ms makes gradients wait
@@ -309,7 +418,9 @@ def test_settings_are_swept_in_turn_on_real_ranks(world2):
     ("settings", "backend", "words"),
     [
         ([{"buffer": 1}], "MPI", "a setting is a dictionary with some of fusion_bytes"),
-        ([{"compression": "int8"}], "MPI", "compression must be 'none' or 'fp16'"),
+        ([{"compression": "int8"}], "MPI", "compression must be one of 'none', 'fp16', not 'int8'"),
+        ([{"timeline": "t.json"}], "MPI", "timeline must be one of False, True, not 't.json'"),
+        ([{"cycle_ms": None}], "MPI", "leave out what shall have its default"),
         ([{"compression": "fp16"}], "oneCCL", "cannot reduce float16 over oneCCL"),
         ([{}, {"cycle_ms": 0}], "MPI", "cycle_ms must be a number above 0"),
         ([{"fusion_bytes": -1}], "MPI", "fusion_bytes must be a whole number from 0"),
@@ -321,14 +432,15 @@ def test_settings_are_swept_in_turn_on_real_ranks(world2):
 )
 def test_settings_that_cannot_be_are_refused_before_anything_runs(settings, backend, words):
     with pytest.raises(ValueError, match=words):
-        fusion.sweep(None, settings, backend=backend)
+        backends.measure_fusion(None, settings, backend=backend)
 
 
+@pytest.mark.ranks
 def test_horovods_own_search_runs_and_its_log_is_read():
-    with ranks.start(2, env=fusion.SHORT_SEARCH) as world:
-        log = fusion.autotune(world, models.mlp, steps=100)
+    with ranks.start(2, env=backends.SHORT_SEARCH) as world:
+        log = backends.autotune(world, models.mlp, steps=100)
         with pytest.raises(ranks.RankError, match="Horovod goes on searching in this process"):
-            fusion.autotune(world, models.mlp, steps=1)
+            backends.autotune(world, models.mlp, steps=1)
     assert list(log) == ["point", "fusion_mb", "cycle_ms", "score"]
     assert len(log) >= 5 and (log["score"] > 0).all()
     assert log["cycle_ms"].between(1, 100).all() and log["fusion_mb"].between(0, 64).all()

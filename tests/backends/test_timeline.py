@@ -16,7 +16,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nurion_utils.backends import timeline
-from nurion_utils.backends.timeline import TimelineError
+from nurion_utils.backends.timeline import draw
+from nurion_utils.backends.timeline.file import TimelineError
+from nurion_utils.backends.timeline.spans import OPERATIONS
 
 matplotlib.use("Agg")
 no_deadline = settings(deadline=None)
@@ -239,7 +241,7 @@ def places(draw) -> tuple[int, int]:
 def test_what_does_not_belong_is_refused_with_the_byte_of_the_event(tmp_path_factory, places, garbage):
     at, stumbles = places
     text = two_steps().text
-    assume(b'"args": {"name": "' not in text[max(at - 20, 0) : at])  # a name of one letter may become any other
+    assume(b'"args": {"name": ' not in text[max(at - 20, 0) : at])  # a name of one letter may become any other
     path = tmp_path_factory.getbasetemp() / "garbage.json"
     path.write_bytes(text[:at] + garbage.encode() + text[at:])
     with pytest.raises(TimelineError, match=rf"garbage.json, byte {stumbles}: expected (an event like|the head of)"):
@@ -391,36 +393,36 @@ def lanes(figure) -> list[str]:
 
 def test_a_picture_has_a_lane_for_each_rank_and_phase(table, compute):
     of_ranks = ["rank 0 computes", "rank 1 computes", "rank 0 is ready", "rank 1 is ready"]
-    figure = timeline.draw(table, compute)
+    figure = draw.timeline(table, compute)
     assert lanes(figure) == [*of_ranks, "cycle", "negotiate", "queue", "fuse", "wire", "unfuse"]
     assert [text.get_text() for text in figure.axes[0].texts] == ["0", "1"]  # buffers
     assert figure.axes[0].get_xlim() == pytest.approx((0, 3.9))
-    bare = timeline.draw(table[table["tensor"] == "c"])
+    bare = draw.timeline(table[table["tensor"] == "c"])
     assert lanes(bare) == ["negotiate", "fuse", "wire", "unfuse"]
 
 
 def test_a_picture_of_a_part_shows_no_other_part(table):
-    axis = timeline.draw(table, first_s=3e-3, last_s=4e-3).axes[0]
+    axis = draw.timeline(table, first_s=3e-3, last_s=4e-3).axes[0]
     assert [text.get_text() for text in axis.texts] == ["1"]
     assert axis.get_xlim() == pytest.approx((3, 4))
     with pytest.raises(ValueError, match="there is nothing to draw between 5 and 6 s"):
-        timeline.draw(table, first_s=5, last_s=6)
+        draw.timeline(table, first_s=5, last_s=6)
     with pytest.raises(ValueError, match="there is nothing to draw between 0.004 and 0.003 s"):
-        timeline.draw(table, first_s=4e-3, last_s=3e-3)
+        draw.timeline(table, first_s=4e-3, last_s=3e-3)
 
 
 def test_a_picture_of_a_long_run_has_few_bars(tmp_path):
     bench.write(tmp_path / "timeline.json", 100_000)
-    axis = timeline.draw(timeline.read(tmp_path / "timeline.json")).axes[0]
+    axis = draw.timeline(timeline.read(tmp_path / "timeline.json")).axes[0]
     drawn = [len(lane.get_paths()) for lane in axis.collections]
     assert len(drawn) == 6 and 0 < sum(drawn) < 5000
 
 
 def test_a_picture_has_room_for_16_ranks(table):
     compute = pd.DataFrame({"rank": range(17), "start_s": 0.0, "duration_s": 1.0})
-    assert "rank 15 computes" in lanes(timeline.draw(table, compute[:16]))
+    assert "rank 15 computes" in lanes(draw.timeline(table, compute[:16]))
     with pytest.raises(ValueError, match="room for 16 ranks"):
-        timeline.draw(table, compute)
+        draw.timeline(table, compute)
 
 
 def record(path: str, fusion: str) -> float:
@@ -487,7 +489,7 @@ def test_parts_lie_within_their_operations_and_after_their_negotiations(recorded
     for path in recorded.values():
         table = timeline.read(path)
         table["end_s"] = table["start_s"] + table["duration_s"]
-        whole = table[table["phase"].isin(timeline.OPERATIONS)]
+        whole = table[table["phase"].isin(OPERATIONS)]
         rows = table[table["buffer"] >= 0].merge(whole, on=["tensor", "buffer"], suffixes=("", "_of_whole"))
         before = rows["phase"].isin(["ready", "negotiate"])
         assert before.any() and (~before).any()
@@ -522,7 +524,7 @@ def test_a_real_file_cut_anywhere_gives_the_rows_so_far(recorded, tmp_path):
 READ = """
 import json, sys
 from pathlib import Path
-from nurion_utils.backends import timeline
+from nurion_utils.backends import draw, timeline
 table = timeline.read(sys.argv[1])
 # of this program alone; the maximum that getrusage knows began with the process that started it
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

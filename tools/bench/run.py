@@ -106,13 +106,13 @@ ROWS += [
 ]  # fmt: skip
 ROWS += [
     Row(f"oneccl_{size}_{memory}", f"Horovod over oneCCL's ring against MPI, 2 ranks, {size} MiB, memory {memory}",
-        "carriers", "oneCCL ring", "MPI", "speed", None,
+        "backends_in_turn", "oneCCL ring", "MPI", "speed", None,
         {"names": ("MPI", "oneCCL ring"), "size_bytes": size << 20, "keep_memory": memory == "kept"})
     for size in (4, 64)
     for memory in ("freed", "kept")
 ] + [
     Row(f"gloo_{size}", f"Horovod over the Gloo of this build against Gloo as shipped, 2 ranks, {size} KiB",
-        "carriers", "Gloo", "Gloo as shipped", "speed", None,
+        "backends_in_turn", "Gloo", "Gloo as shipped", "speed", None,
         {"names": ("Gloo", "Gloo as shipped"), "size_bytes": size << 10})
     for size in (4, 4096)
 ] + [

@@ -6,7 +6,6 @@ each tensor. Such a file may break off anywhere: at shutdown the writer drops wh
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
@@ -21,63 +20,33 @@ import msgspec
 import numpy as np
 import pandas as pd
 
-from nurion_utils.backends.timeline_spans import PHASES, meaning, pair
+from nurion_utils.backends.timeline.spans import PHASES, meaning, pair
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=10**18)]
-Pid = Annotated[int, msgspec.Meta(ge=1)]
 
 
-class _Event(msgspec.Struct, tag_field="ph", forbid_unknown_fields=True, gc=False):
-    """What a timeline is a list of; each kind by its letter, as the writer's source has it."""
-
-
-class _Begin(_Event, tag="B"):
-    name: str
-    ts: Count
-    pid: Pid
-
-
-class _Tensor(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    dtype: Annotated[str, msgspec.Meta(pattern=r"^[a-z]+\d*$")]
-    shape: Annotated[str, msgspec.Meta(pattern=r"^\[(\d{1,18}(, \d{1,18})*)?\]$")]
-
-
-class _End(_Event, tag="E"):
-    ts: Count
-    pid: Pid
-    args: _Tensor | None = None
-    name: Literal[""] = ""
-
-
-class _Ready(_Event, tag="X"):
-    name: str  # the number of a rank
-    ts: Count
-    pid: Pid
-    dur: Literal[0]
-
-
-class _Cycle(_Event, tag="i"):
-    name: Literal["CYCLE_START"]
-    ts: Count
-    s: Literal["g"]
-    pid: Literal[0] = 0
-
-
-class _Described(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+class _Args(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     name: str = ""
     start_time_since_epoch_in_micros: Count | None = None
     sort_index: Count | None = None
+    dtype: Annotated[str, msgspec.Meta(pattern=r"^([a-z]+\d*)?$")] = ""
+    shape: Annotated[str, msgspec.Meta(pattern=r"^\[(\d{1,18}(, \d{1,18})*)?\]$")] = "[]"
 
 
-class _Process(_Event, tag="M"):
-    name: Literal["process_name", "process_sort_index"]
-    pid: Count
-    args: _Described
+class _Entry(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """What a timeline is a list of: begins, ends, ranks that are ready (X), cycles (i), names of tensors (M)."""
+
+    ph: Literal["B", "E", "X", "i", "M"]
+    name: str = ""
+    ts: Count = 0
+    pid: Count = 0
+    args: _Args | None = None
+    dur: Literal[0] = 0
+    s: Literal["g"] = "g"
 
 
-ANY = _Begin | _End | _Ready | _Cycle | _Process
-NAMES = {_Begin: re.compile("[A-Z_]+"), _Ready: re.compile(r"\d{1,6}")}  # not above: once per name is much faster
-EVENT, EVENTS = msgspec.json.Decoder(ANY), msgspec.json.Decoder(list[ANY])
+KINDS = re.compile(r"B[A-Z_]+|E|X\d{1,6}|iCYCLE_START|Mprocess_(name|sort_index)")  # ph and name
+ENTRY, ENTRIES = msgspec.json.Decoder(_Entry), msgspec.json.Decoder(list[_Entry])
 
 # The name of a tensor is written as it is, quotes and all, and goes on until the next line begins, or the file ends.
 TENSOR = re.compile(rb'"args": \{"name": "((?:(?!\{"ph": ")[\s\S])*?)(?:"\}\},\s*\{"name": "process_sort_index"|\Z)')
@@ -130,18 +99,15 @@ def read(path: str | Path) -> pd.DataFrame:
     data = _load(path)
     text, names = _without_names(data)
     entries = _entries(path, data, text)
-    events = [entry for entry in entries if type(entry) is not _Process]
+    numbers: dict[tuple[str, str], int] = defaultdict(lambda: len(numbers))  # few kinds, numbered as they come
+    kind = np.array([numbers[entry.ph, entry.name] for entry in entries], np.int32)
+    place = np.flatnonzero(~np.isin(kind, [number for (letter, _), number in numbers.items() if letter == "M"]))
+    events, kind = [entries[i] for i in place.tolist()], kind[place]
 
     def fail(i: int, expected: str) -> None:
-        number = next(number for number, entry in enumerate(entries) if entry is events[i])
-        raise _malformed(path, data, next(islice(_places(text), number, None)), expected)
+        raise _malformed(path, data, next(islice(_places(text), int(place[i]), None)), expected)
 
-    numbers: dict[tuple[type, str], int] = defaultdict(lambda: len(numbers))  # few kinds, numbered as they come
-    kind = np.array([numbers[type(event), event.name] for event in events], np.int32)
-    odd = [number for (of, name), number in numbers.items() if of in NAMES and not NAMES[of].fullmatch(name)]
-    if odd:
-        fail(np.argmax(np.isin(kind, odd)), AN_EVENT)
-    meanings = [meaning(of.__struct_config__.tag, name) for of, name in numbers]
+    meanings = [meaning(*each) for each in numbers]
     tensors, of_pid = _tensors(entries, names)
     tensor = np.array([of_pid.get(event.pid, -1) for event in events], np.int32)
     if (tensor < 0).any():
@@ -158,7 +124,8 @@ def read(path: str | Path) -> pd.DataFrame:
     table.insert(0, "tensor", pd.Categorical.from_codes(tensor[begin], tensors))
     table["start_s"] = time_us[begin] / 1e6
     table["duration_s"] = (time_us[end] - time_us[begin]) / 1e6
-    table["bytes"] = np.array([math.nan if i < 0 else _bytes(events[i].args) for i in end_of.tolist()])[occurrence]
+    ends = [events[i].args if i >= 0 else None for i in end_of.tolist()]
+    table["bytes"] = np.array([_bytes(end.dtype, end.shape) if end else math.nan for end in ends])[occurrence]
     table["buffer"] = buffer_of[occurrence].astype(np.int32)
     epoch_us = entries[0].args.start_time_since_epoch_in_micros if entries else math.nan
     table.attrs = {"epoch_s": epoch_us / 1e6, "unfinished": unfinished}
@@ -188,23 +155,23 @@ def _without_names(data: bytes) -> tuple[bytearray, list[str]]:
     return text, names
 
 
-def _entries(path: str | Path, data: bytes, text: bytearray) -> list[ANY]:
+def _entries(path: str | Path, data: bytes, text: bytearray) -> list[_Entry]:
     """All entries of a file, without the one in which it is cut off."""
-    begun = max(text.rfind(separator) + 1 for separator in (b",{", b",\n{", b"[\n{"))  # where the last entry begins
-    entries = None
-    try:
-        entries = EVENTS.decode(text)
-        cut = False
-    except msgspec.DecodeError as error:
-        cut = "truncated" in str(error)
-    for end in (len(text), begun) if cut else ():
-        with contextlib.suppress(msgspec.DecodeError):
-            entries = EVENTS.decode(text[:end].rstrip(b", \n") + b"]")
-            break
-    if entries is None:
+    texts, entries, cut = [text], None, False
+    while texts and entries is None:
+        try:
+            entries = ENTRIES.decode(texts.pop())
+        except msgspec.DecodeError as error:
+            if not cut and "truncated" in str(error):
+                cut = True
+                begun = max(
+                    text.rfind(separator) + 1 for separator in (b",{", b",\n{", b"[\n{")
+                )  # where the last begins
+                texts = [text[:end].rstrip(b", \n") + b"]" for end in (begun, len(text))]
+    if entries is None or not all(KINDS.fullmatch(kind) for kind in {entry.ph + entry.name for entry in entries}):
         *before, offset = _places(text)
         raise _malformed(path, data, offset, AN_EVENT if before else HEAD)
-    headed = entries and type(entries[0]) is _Process and entries[0].args.start_time_since_epoch_in_micros is not None
+    headed = entries and entries[0].args and entries[0].args.start_time_since_epoch_in_micros is not None
     if not headed and (entries or not cut):
         raise _malformed(path, data, 0, HEAD)
     return entries
@@ -218,27 +185,25 @@ def _places(text: bytearray) -> Iterator[int]:
         yield at
         try:
             _, end = json.JSONDecoder().raw_decode(characters, at)
-            EVENT.decode(text[at:end])
+            entry = ENTRY.decode(text[at:end])
+            if not KINDS.fullmatch(entry.ph + entry.name):
+                return
         except (ValueError, msgspec.DecodeError):
             return
         at = end
     yield at
 
 
-def _tensors(entries: list[ANY], names: list[str]) -> tuple[list[str], dict[int, int]]:
+def _tensors(entries: list[_Entry], names: list[str]) -> tuple[list[str], dict[int, int]]:
     """The names of tensors, the first that of none, and which of them each process is."""
     tensors, of_pid = {"": 0}, {0: 0}
-    processes = [entry.pid for entry in entries if type(entry) is _Process and entry.name == "process_name"]
+    processes = [entry.pid for entry in entries if entry.ph == "M" and entry.name == "process_name"]
     for pid, name in zip(processes[1:], names, strict=False):  # the first is the head; a last name may be cut off
         of_pid[pid] = tensors.setdefault(name, len(tensors))
     return [*tensors], of_pid
 
 
-def _bytes(tensor: _Tensor | None) -> float:
-    return math.nan if tensor is None else _length(tensor.dtype, tensor.shape)
-
-
 @lru_cache
-def _length(dtype: str, shape: str) -> float:
+def _bytes(dtype: str, shape: str) -> float:
     bits = re.fullmatch(r"(?:u?int|float)(\d+)|bool", dtype)
     return int(bits[1] or 8) // 8 * math.prod(map(int, re.findall(r"\d+", shape))) if bits else math.nan

@@ -22,7 +22,7 @@ PHASES = ["negotiate", *OPERATIONS, *ACTIVITIES, "ready", "cycle"]
 
 def meaning(letter: str, name: str) -> tuple[str | None, str, int]:
     """Phase, activity and rank of an event; an end has none."""
-    if letter == "E":
+    if letter in "EM":
         return None, "", -1
     if letter == "X":
         return "ready", "", int(name)
