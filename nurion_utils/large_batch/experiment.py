@@ -8,7 +8,6 @@ each batch; all are reported on test images that nothing was chosen on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,38 +84,23 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     return result.reset_index()
 
 
-def run(world: ranks.World | None, batches: Iterable[int] = BATCHES, path: str | None = None) -> pd.DataFrame:
-    """Tune, then report, then train without decay; some fifteen minutes on two cores.
-
-    Parameters
-    ----------
-    world
-        Ranks to spread the trainings over; None for this process alone.
-    batches
-        Samples per step of all ranks together.
-    path
-        Folder of what is done, for a run that may be cut off.
-
-    Returns
-    -------
-    pandas.DataFrame
-        As of `sweep`, with the columns part ("tuning", "report", "constant"), method and rate.
-    """
+def run(world: ranks.World) -> pd.DataFrame:
+    """Tune, then report, then train without decay: as of `sweep`, with the columns part, method and rate."""
     import pandas as pd
 
     task = DigitsTask(SAMPLES)
 
     def part(name: str, recipes: dict[tuple, Recipe], seeds: range) -> pd.DataFrame:
-        table = sweep(recipes, seeds, world, task, path)
-        rates = table["name"].map({key: recipe.peak_rate for key, recipe in recipes.items()})
+        table = sweep(recipes, seeds, world, task)
+        rates = [recipes[key].peak_rate for key in table["name"]]
         return table.assign(part=name, method=[key[0] for key in table["name"]], rate=rates)
 
-    tried = {(m, b, rate): at_rate(m, b, rate) for b in batches for m, rates in GRIDS.items() for rate in rates}
+    tried = {(m, b, rate): at_rate(m, b, rate) for b in BATCHES for m, rates in GRIDS.items() for rate in rates}
     tuning = part("tuning", tried, TUNING_SEEDS)
     rates = best_rates(tuning)
-    reported = {(m, b): recipe for b in batches for m, recipe in by_rule(b).items()}
+    reported = {(m, b): recipe for b in BATCHES for m, recipe in by_rule(b).items()}
     reported |= {(m, b): at_rate(m, b, rate) for (m, b), rate in rates.items()} | {("base", 32): Recipe(32)}
-    steady = {("constant", b, i): recipe for b in (32, *batches) for i, recipe in enumerate(constant(b))}
+    steady = {("constant", b, i): recipe for b in (32, *BATCHES) for i, recipe in enumerate(constant(b))}
     parts = [tuning, part("report", reported, SEEDS), part("constant", steady, TUNING_SEEDS)]
     return pd.concat(parts, ignore_index=True)
 
