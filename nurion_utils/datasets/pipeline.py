@@ -243,12 +243,15 @@ def _measure_on_rank(contenders: Sequence[tuple], steps: int, compute_s: float, 
         if client is not None:
             client.wait_until_idle()  # what the contender before read ahead is not this one's
         comm.Barrier()
-        rows += [{**key, "step": step, **_step(comm, data, compute_s)} for step in range(steps)]
+        for step in range(steps):
+            if (found := _step(comm, data, compute_s)) is None:
+                return rows  # the rank that could not read says why
+            rows.append({**key, "step": step, **found})
         del data  # or its threads read on while the next contender is timed
     return rows
 
 
-def _step(comm: MPI.Comm, data: Iterator, compute_s: float) -> dict[str, float]:
+def _step(comm: MPI.Comm, data: Iterator, compute_s: float) -> dict[str, float] | None:
     from mpi4py import MPI
 
     failure, begin_s = None, time.perf_counter()
@@ -262,9 +265,10 @@ def _step(comm: MPI.Comm, data: Iterator, compute_s: float) -> dict[str, float]:
     time.sleep(0 if failure else compute_s)
     done_s = time.perf_counter()
     # Also tells the others, who would wait for this rank for ever.
-    failed = comm.allreduce(comm.rank if failure else comm.size, op=MPI.MIN)
-    if failed < comm.size:
-        raise failure or RuntimeError(f"rank {failed} could not read")
+    if comm.allreduce(failure is not None, op=MPI.LOR):
+        if failure is not None:
+            raise failure
+        return None
     end_s = time.perf_counter()
     times = {"wait_s": ready_s - begin_s, "compute_s": done_s - ready_s, "sync_s": end_s - done_s}
     return {**times, "samples": samples, "samples_per_s": samples / (end_s - begin_s)}
