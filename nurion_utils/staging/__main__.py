@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.purge == (options.source is not None):
             raise StageError("give a source and a destination, or --purge and the destination alone")
         if options.purge:
+            if options.verify or options.dry_run:
+                raise StageError("--purge goes with no other option than --json")
             removed = stager.purge(options.destination) if first else 0
             result, text = {"removed_files": removed}, f"{removed:,} files removed"
         elif options.dry_run:

@@ -23,12 +23,14 @@ import xxhash
 
 from nurion_utils.staging.plans import RECORDS, File
 
-TEMPORARY = ".nurion-part-"
 BUFFER_BYTES = 1 << 20  # stays in a core's cache between hashing and writing
 BATCH_FILES, BATCH_BYTES = 64, 64 << 20  # renamed together
 AHEAD_FILES, AHEAD_BYTES = 64, 16 << 20  # opened before they are read
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no further file will fit either
-Record = tuple[int, int, str]  # size, mtime_ns, hash
+# Size, the time as the destination's file system keeps it, hash, and the time that the source had: Lustre, for one,
+# keeps whole seconds.
+Record = tuple[int, int, str, int]
+GRANULES_NS = (100, 1000, 10**6, 10**9, 2 * 10**9)  # in which file systems keep times
 
 
 class Changed(Exception):
@@ -43,7 +45,7 @@ class Writer:
         self.folder = os.open(destination, os.O_RDONLY | os.O_DIRECTORY)
         journal = f"{RECORDS}/journal-{self.name}.jsonl"
         self.journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self.folder)
-        self.written: list[tuple[str, File, str]] = []
+        self.written: list[tuple[str, File, int, str]] = []
         self.batch_bytes = self.made = 0
         self.failures: dict[str, str] = {}
         self.full = ""  # why nothing more can be written
@@ -52,39 +54,48 @@ class Writer:
         """A temporary file beside the place of `file`: its descriptor and its path."""
         self.made += 1
         head, slash, _ = file.path.rpartition("/")
-        temporary = f"{head}{slash}{TEMPORARY}{self.name}-{self.made}"
+        temporary = f"{head}{slash}.nurion-part-{self.name}-{self.made}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         # the mode at once, without chmod: copiers run with a umask of 0
         return os.open(temporary, flags, file.mode & 0o777, dir_fd=self.folder), temporary
 
     def finish(self, descriptor: int, temporary: str, file: File, digest: str) -> None:
         """`file` is whole: it becomes visible with the next batch."""
+        if file.mode & 0o7000:  # writing takes them away, and so may the file system refuse them
+            with contextlib.suppress(OSError):
+                os.fchmod(descriptor, file.mode)
         os.utime(descriptor, ns=(file.mtime_ns, file.mtime_ns))
+        kept_ns = os.fstat(descriptor).st_mtime_ns
         os.close(descriptor)
-        self.written.append((temporary, file, digest))
+        self.written.append((temporary, file, kept_ns, digest))
         self.batch_bytes += file.size
         if len(self.written) >= BATCH_FILES or self.batch_bytes >= BATCH_BYTES:
             self.publish()
 
     def discard(self, descriptor: int, temporary: str) -> None:
-        os.close(descriptor)
-        os.unlink(temporary, dir_fd=self.folder)
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+        self.remove(temporary)
+
+    def remove(self, temporary: str) -> None:
+        with contextlib.suppress(OSError):  # then the next run does it
+            os.unlink(temporary, dir_fd=self.folder)
 
     def publish(self) -> None:
         """Record what is written, then make it visible; what fails is in `failures`, and removed."""
         batch, self.written, self.batch_bytes = self.written, [], 0
         try:
-            write_all(self.journal, "".join(line_of(file, digest) for _, file, digest in batch).encode())
+            write_all(self.journal, "".join(line_of(file, kept, digest) for _, file, kept, digest in batch).encode())
         except OSError as error:
-            for temporary, file, _ in batch:
-                os.unlink(temporary, dir_fd=self.folder)
+            for temporary, file, _, _ in batch:
+                self.remove(temporary)
                 self.fail(file.path, error)
             return
-        for temporary, file, _ in batch:
+        for temporary, file, _, _ in batch:
             try:
                 os.rename(temporary, file.path, src_dir_fd=self.folder, dst_dir_fd=self.folder)
             except OSError as error:
-                os.unlink(temporary, dir_fd=self.folder)
+                self.remove(temporary)
                 self.fail(file.path, error)
 
     def fail(self, path: str, error: OSError | Changed) -> None:
@@ -110,10 +121,14 @@ def copy_share(
         Called with numbers of bytes that are done.
     """
     try:
+        folder = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        return {file.path: f"not begun: {source!r}: {error.strerror}" for file in files}
+    try:
         writer, present = Writer(destination), set(present)
     except OSError as error:  # not even a journal
+        os.close(folder)
         return {file.path: f"not begun: {error.strerror}" for file in files}
-    folder = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
     buffer = memoryview(bytearray(BUFFER_BYTES))
     umask = os.umask(0)
     try:
@@ -239,21 +254,25 @@ def _adopt(source: int, writer: Writer, file: File, buffer: memoryview) -> None:
     try:
         for descriptor in (source, there):
             digests.append(hash_file(descriptor, buffer))
-            require_unchanged(descriptor, file, file.size)
+        require_unchanged(source, file, file.size)
+        kept_ns = os.fstat(there).st_mtime_ns
     finally:
         os.close(there)
     if digests[0] != digests[1]:
         raise Changed("a file with other content is at the destination, and was not staged from here; move it away")
-    write_all(writer.journal, line_of(file, digests[0]).encode())
+    write_all(writer.journal, line_of(file, kept_ns, digests[0]).encode())
 
 
 def verify_share(destination: str, files: Sequence[tuple[str, Record]], tell: Callable[[int], None]) -> dict[str, str]:
     """Read staged files again; returns what is wrong with those that differ from their records."""
     failures: dict[str, str] = {}
     buffer = memoryview(bytearray(BUFFER_BYTES))
-    folder = os.open(destination, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        for path, (size, _, digest) in files:
+        folder = os.open(destination, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        return {path: f"{destination!r}: {error.strerror}" for path, _ in files}
+    try:
+        for path, (size, _, digest, _) in files:
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
                 try:
@@ -293,9 +312,24 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
         data = data[done:]
 
 
-def line_of(file: File, digest: str) -> str:
+def line_of(file: File, kept_ns: int, digest: str) -> str:
     # names that are not UTF-8 become escapes, and come back as they were
-    return json.dumps([file.path, file.size, file.mtime_ns, digest]) + "\n"
+    return json.dumps([file.path, file.size, kept_ns, digest, file.mtime_ns]) + "\n"
+
+
+def is_time(found_ns: int, of_ns: int) -> bool:
+    """Whether a file system that was given the time `of_ns`, or showed it, may show it as `found_ns` later."""
+    return found_ns == of_ns or any(found_ns == of_ns - of_ns % granule for granule in GRANULES_NS)
+
+
+def is_copy(record: Record, size: int, mtime_ns: int) -> bool:
+    """Whether a file of that size and time at the destination is as the record says."""
+    return record[0] == size and is_time(mtime_ns, record[1])
+
+
+def is_of(record: Record, file: File) -> bool:
+    """Whether the record is of the file as the source has it."""
+    return (record[0], record[3]) == (file.size, file.mtime_ns)
 
 
 def read_records(destination: str) -> dict[str, list[Record]]:
@@ -312,10 +346,11 @@ def read_records(destination: str) -> dict[str, list[Record]]:
             with open(os.path.join(folder, name), encoding="ascii", errors="replace") as lines:
                 for line in lines:
                     try:
-                        path, size, mtime_ns, digest = json.loads(line)
-                    except ValueError:  # a line that a killed copier did not finish
+                        path, *record = json.loads(line)
+                        size, kept_ns, digest, mtime_ns = record
+                    except (ValueError, TypeError):  # a line that a killed copier did not finish
                         continue
-                    records.setdefault(path, []).append((size, mtime_ns, digest))
+                    records.setdefault(path, []).append((size, kept_ns, digest, mtime_ns))
     return records
 
 
@@ -339,11 +374,11 @@ def write_manifest(destination: str, others: Mapping[str, Record], forget: Itera
 
 
 # What else purge has to know: links, by their targets, and folders, which may be empty.
-FOLDER: Record = (-2, 0, "")
+FOLDER: Record = (-2, 0, "", 0)
 
 
 def record_of_link(target: str) -> Record:
-    return -1, 0, target
+    return -1, 0, target, 0
 
 
 def _path_of(line: bytes) -> str | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RECORDS = ".nurion-stage"  # folder in a destination that holds the manifest
+TEMPORARY = re.compile(r"\.nurion-part-(?:[0-9a-f]{12}-\d+|link)")  # a file that is not whole yet
 # What a file costs besides its bytes, expressed in bytes: opening and renaming it takes about as long as copying
 # this many. It only has to be of the right order for shares of many small files to be balanced.
 FILE_COST_BYTES = 64 * 1024
@@ -34,6 +37,15 @@ class StageError(Exception):
 
     def __reduce__(self) -> tuple:
         return StageError, (str(self), self.failures)
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Whatever a file system answers meanwhile becomes a `StageError` that names the path and says what was tried."""
+    try:
+        yield
+    except OSError as error:
+        raise StageError(f"{error.filename or 'a file'!r} cannot be {what}: {error.strerror or error}") from None
 
 
 class File(NamedTuple):
@@ -59,22 +71,33 @@ def scan(source: str) -> Tree:
     if not os.path.isdir(source):
         what = "is not a folder" if os.path.lexists(source) else "does not exist"
         raise StageError(f"the source {source!r} {what}; name the folder that holds the data")
-    tree = Tree([], {"": stat.S_IMODE(os.stat(source).st_mode)}, {})
+    with refused("looked at"):
+        tree = Tree([], {"": stat.S_IMODE(os.stat(source).st_mode)}, {})
     pending = [""]
     while pending:
         folder = pending.pop()
         try:
             entries = sorted(os.scandir(os.path.join(source, folder)), key=lambda entry: entry.name)
         except OSError as error:
+            if folder and not os.path.lexists(os.path.join(source, folder)):  # it has gone since it was seen
+                tree.directories.pop(folder)
+                continue
             raise StageError(f"the folder {folder or source!r} cannot be read: {error.strerror}") from None
         for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
-            if path == RECORDS:  # the source was staged itself
+            if entry.name == RECORDS or TEMPORARY.fullmatch(entry.name):  # of a staging to there, also one that died
                 continue
-            found = entry.stat(follow_symlinks=False)
+            try:
+                found = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:  # it has gone since it was seen
+                continue
+            except OSError as error:
+                raise StageError(f"{path!r} cannot be looked at: {error.strerror}") from None
             if stat.S_ISREG(found.st_mode):
                 # a call less for each of many files that everybody may read
                 if found.st_mode & 0o444 != 0o444 and not os.access(entry.path, os.R_OK):
+                    if not os.path.lexists(entry.path):
+                        continue
                     raise StageError(f"{path!r} cannot be read: {os.strerror(errno.EACCES)}")
                 mode = stat.S_IMODE(found.st_mode)
                 tree.files.append(File(path, found.st_size, found.st_mtime_ns, mode, found.st_blocks * 512))
@@ -82,7 +105,8 @@ def scan(source: str) -> Tree:
                 tree.directories[path] = stat.S_IMODE(found.st_mode)
                 pending.append(path)
             elif stat.S_ISLNK(found.st_mode):
-                tree.links[path] = _checked_link(source, path)
+                with contextlib.suppress(FileNotFoundError):  # it has gone since it was seen
+                    tree.links[path] = _checked_link(source, path)
             else:
                 raise StageError(f"{path!r} is a pipe, a socket or a device; only files, folders and links are staged")
     return tree
@@ -90,12 +114,19 @@ def scan(source: str) -> Tree:
 
 def _checked_link(source: str, path: str) -> str:
     """Target of a symbolic link that means the same in the copy."""
-    target = os.readlink(os.path.join(source, path))
+    try:
+        target = os.readlink(os.path.join(source, path))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StageError(f"the link {path!r} cannot be read: {error.strerror}") from None
     if os.path.isabs(target):
         raise StageError(f"the link {path!r} has the absolute target {target!r}; make it relative, within the source")
     try:
         resolved = os.path.realpath(os.path.join(source, path), strict=True)
     except OSError as error:
+        if not os.path.lexists(os.path.join(source, path)):
+            raise FileNotFoundError(path) from None
         why = "goes in a circle" if error.errno == errno.ELOOP else f"leads nowhere ({error.strerror})"
         raise StageError(f"the link {path!r} -> {target!r} {why}; mend or remove it") from None
     if not is_within(resolved, os.path.realpath(source)):

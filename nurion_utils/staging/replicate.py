@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -23,8 +24,10 @@ from nurion_utils.staging.copying import (
     verify_share,
     write_all,
 )
-from nurion_utils.staging.plans import File, StageError
+from nurion_utils.staging.plans import File, StageError, refused
 from nurion_utils.staging.preflight import Job, prepare
+
+T = TypeVar("T")
 
 BLOCK_BYTES, BLOCK_FILES = 8 << 20, 256  # what goes round the ring at once
 
@@ -68,70 +71,72 @@ def stage_on_ranks(ranks: Any, source: str, destination: str, everyone: bool, ve
 def _on_rank(comm: Any, source: str, destination: str, everyone: bool, verify: bool) -> stager.Report | StageError:
     """The same result on all ranks."""
     began = time.perf_counter()
-    problem = None
     hosts = comm.allgather(socket.gethostname())
     if everyone and len(set(hosts)) < len(hosts) and "{rank}" not in destination:
         return StageError("ranks that share a node would write the same files; put {rank} into the destination")
     if everyone:
         destination = destination.replace("{rank}", str(comm.rank))
-    job = None
     try:
-        if everyone or comm.rank == 0:
-            job = prepare(source, destination, comm.size, everyone)
+        plans = everyone or comm.rank == 0
+        job = _together(comm, everyone, prepare if plans else _nothing, source, destination, comm.size, everyone)
+        if not everyone:
+            job = comm.bcast(job)
+        return _carry_out(comm, job, everyone, verify, began)
+    except StageError as error:  # the same on all ranks
+        return error
+
+
+def _together(comm: Any, everyone: bool, function: Callable[..., T], *args: Any) -> T:
+    """``function(*args)`` of this rank, if no rank failed in it; else the first one's failure, raised on all ranks.
+
+    Without it a rank that fails between two collectives would leave the others waiting for ever.
+    """
+    result, problem = None, None
+    try:
+        with refused("staged"):
+            result = function(*args)
     except StageError as error:
-        problem = StageError(f"rank {comm.rank}: {error}" if everyone else str(error))
+        problem = StageError(f"rank {comm.rank}: {error}" if everyone else str(error), error.failures)
     if problem := next(filter(None, comm.allgather(problem)), None):
-        return problem
-    if not everyone:
-        job = comm.bcast(job)
-    return _carry_out(comm, job, everyone, verify, began)
+        raise problem
+    return result
 
 
-def _carry_out(comm: Any, job: Job, everyone: bool, verify: bool, began: float) -> stager.Report | StageError:
-    writes = everyone or comm.rank == 0
-    lock = stager.begin(job) if writes else None
-    problem = None
-    try:
-        if lock is not None:
-            lock.__enter__()
-    except (StageError, OSError) as error:
-        lock, problem = None, StageError(f"rank {comm.rank}: {error}")
-    try:
-        if problem := next(filter(None, comm.allgather(problem)), None):
-            return problem
-        plan = job.plan
-        with shared_lock(plan.destination):
-            if everyone:
-                failures, problem = _pass_on(comm, job)
-                if problem:
-                    return problem
-            else:
-                mine = [plan.files[i] for i in plan.share(comm.rank)]
-                tell = meter(sum(file.size for file in mine), "staging", "B")
-                failures = _merged(comm, copy_share(plan.source, plan.destination, mine, job.present, tell))
-            mended_files = 0
-            if verify:
-                records = stager.staged_records(job)
-                mine = list(records.items()) if everyone else list(records.items())[comm.rank :: comm.size]
-                tell = meter(sum(size for _, (size, _, _) in mine), "verifying", "B")
-                damaged = verify_share(plan.destination, mine, tell)
-                again = [file for file in (*plan.files, *plan.staged) if file.path in damaged]
-                mended = copy_share(plan.source, plan.destination, again, [], _nobody)
-                mended |= verify_share(plan.destination, [(f.path, records[f.path]) for f in again], _nobody)
-                failures |= mended if everyone else _merged(comm, mended)
-                mended_files = comm.allreduce(len(again))
-        problem = None
-        try:
-            if writes:
-                stager.finish(job, failures)
-        except StageError as error:
-            problem = error
-        if problem := next(filter(None, comm.allgather(problem)), None):
-            return problem
+def _nothing(*_: Any) -> None:
+    """The part of a rank that has none."""
+
+
+def _carry_out(comm: Any, job: Job, everyone: bool, verify: bool, began: float) -> stager.Report:
+    writes, plan = everyone or comm.rank == 0, job.plan
+    with contextlib.ExitStack() as stack:
+        _together(comm, everyone, stack.enter_context, stager.begin(job) if writes else contextlib.nullcontext())
+        _together(comm, everyone, stack.enter_context, shared_lock(plan.destination))
+        if everyone:
+            failures = _pass_on(comm, job)
+        else:
+            mine = [plan.files[i] for i in plan.share(comm.rank)]
+            tell = meter(sum(file.size for file in mine), "staging", "B")
+            copied = _together(comm, False, copy_share, plan.source, plan.destination, mine, job.present, tell)
+            failures = _merged(comm, copied)
+        mended_files = 0
+        if verify:
+            mended, again = _together(comm, everyone, _verified, comm, job, everyone)
+            failures |= mended if everyone else _merged(comm, mended)
+            mended_files = comm.allreduce(again)
+        _together(comm, everyone, stager.finish if writes else _nothing, job, failures)
         return comm.bcast(stager.report(job, began, verify, mended_files))
-    finally:
-        if lock is not None:
-            lock.__exit__(None, None, None)
+
+
+def _verified(comm: Any, job: Job, everyone: bool) -> tuple[dict[str, str], int]:
+    """Read this rank's part again, and copy again what is damaged; what stays wrong, and how many were mended."""
+    plan, records = job.plan, stager.staged_records(job)
+    mine = list(records.items()) if everyone else list(records.items())[comm.rank :: comm.size]
+    damaged = verify_share(plan.destination, mine, meter(sum(record[0] for _, record in mine), "verifying", "B"))
+    again = [file for file in (*plan.files, *plan.staged) if file.path in damaged]
+    failures = copy_share(plan.source, plan.destination, again, [], _nobody)
+    known = stager.staged_records(job)
+    mended = [(file.path, known[file.path]) for file in again if file.path in known]
+    return failures | verify_share(plan.destination, mended, _nobody), len(again)
 
 
 def _nobody(done: int) -> None:
@@ -142,7 +147,7 @@ def _merged(comm: Any, failures: dict[str, str]) -> dict[str, str]:
     return {path: why for each in comm.allgather(failures) for path, why in each.items()}
 
 
-def _pass_on(comm: Any, job: Job) -> tuple[dict[str, str], StageError | None]:
+def _pass_on(comm: Any, job: Job) -> dict[str, str]:
     """Read each file on one rank, and hand it on to all: in step s, rank r sends on what it got in step s - 1."""
     mine = {file.path for file in job.plan.files}
     # what one rank lacks, all see pass: a rank that has it hands it on
@@ -150,14 +155,14 @@ def _pass_on(comm: Any, job: Job) -> tuple[dict[str, str], StageError | None]:
     files = tuple(file for file in sorted((*job.plan.files, *job.plan.staged)) if file.path in wanted)
     plan = dataclasses.replace(job.plan, files=files, staged=(), reader=())
     if len(set(comm.allgather(hash_of(files)))) > 1:
-        return {}, StageError("the source changed while the ranks looked at it; stage again when nobody writes to it")
+        raise StageError("the source changed while the ranks looked at it; stage again when nobody writes to it")
     adopted = [file for file in job.plan.files if file.path in job.present]
     failures = copy_share(plan.source, plan.destination, adopted, job.present, _nobody)
     mine -= set(job.present)
 
     blocks = [list(_blocks(plan.files, plan.share(rank))) for rank in range(comm.size)]
     tell = meter(sum(file.size for file in files), "staging", "B")
-    reader, receiver = _Reader(plan), _Receiver(plan, mine)
+    reader, receiver = _Reader(plan), _together(comm, True, _Receiver, plan, mine)
     buffers = [np.empty(BLOCK_BYTES, np.uint8) for _ in range(2)]
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     umask = os.umask(0)
@@ -180,7 +185,7 @@ def _pass_on(comm: Any, job: Job) -> tuple[dict[str, str], StageError | None]:
         os.umask(umask)
         reader.close()
         receiver.close()
-    return failures | receiver.writer.failures, None
+    return failures | receiver.writer.failures
 
 
 def hash_of(files: Sequence[File]) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import pickle
+import stat
 import subprocess
 import sys
 import time
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nurion_utils.staging import copying
-from nurion_utils.staging.copying import Record, read_records, verify_share
-from nurion_utils.staging.plans import RECORDS, File, StageError, StagePlan, bytes_text, count, deal, is_within
+from nurion_utils.staging.copying import Record, is_copy, is_of, read_records, verify_share
+from nurion_utils.staging.plans import RECORDS, File, StageError, StagePlan, bytes_text, count, deal, is_within, refused
 from nurion_utils.staging.preflight import Job, is_ours, look, prepare, require_safe
 
 # Below this much work, starting processes takes longer than they save.
@@ -83,8 +84,11 @@ def stage(
     """Copy the folder `source` to `destination`, so that it can be trusted.
 
     Every file is hashed on the way (xxh3, 128 bits: against accidents, not against attackers) and appears under its
-    name only when it is whole.  Regular files, folders, links within the source, modes and modification times are
-    copied; owners, extended attributes and hard links are not.  The manifest with the hashes lies in
+    name only when it is whole. Regular files, folders and links within the source are copied, with their modes; so are
+    the modification times of files, as finely as the destination's file system keeps them. Owners, extended
+    attributes, hard links, and the times of folders and links are not. A folder that is there already gets the mode
+    of the source's, but keeps its set-group-id and sticky bits. What is left of another staging in the source,
+    ``.nurion-stage`` and ``.nurion-part-*``, is not data and stays behind.  The manifest with the hashes lies in
     ``.nurion-stage`` at the destination; files that are there already, and on record, are not copied again.
     Source files over 1 MiB are not kept in the page cache.
 
@@ -132,7 +136,19 @@ def purge(destination: str | os.PathLike) -> int:
     destination = os.path.realpath(os.fspath(destination))
     if not os.path.isdir(os.path.join(destination, RECORDS)):
         raise StageError(f"nothing was staged to {destination!r}: it has no {RECORDS}")
-    removed = 0
+    with refused("removed"):
+        return _purge(destination)
+
+
+def _purge(destination: str) -> int:
+    removed, modes = 0, {}
+
+    def open_up(folder: str) -> None:
+        """A folder that is read-only, as the source's was, gives up its files only when it is writable."""
+        if not os.access(folder, os.W_OK | os.X_OK) and folder not in modes:
+            modes[folder] = stat.S_IMODE(os.stat(folder).st_mode)
+            os.chmod(folder, modes[folder] | 0o700)
+
     with _lock(destination):
         records = read_records(destination)
         folders = set()
@@ -143,8 +159,7 @@ def purge(destination: str | os.PathLike) -> int:
                 continue
             with contextlib.suppress(OSError):
                 if is_ours(full, os.lstat(full), known):
-                    if not os.access(os.path.dirname(full), os.W_OK):  # read-only, as the source's folder was
-                        os.chmod(os.path.dirname(full), 0o700)
+                    open_up(os.path.dirname(full))
                     os.unlink(full)
                     removed += 1
             if copying.FOLDER in known:
@@ -152,12 +167,19 @@ def purge(destination: str | os.PathLike) -> int:
             while path := os.path.dirname(path):
                 folders.add(path)
         for leftover in look(destination, sorted(folders | {""}))[1]:
+            open_up(os.path.dirname(os.path.join(destination, leftover)))
             os.unlink(os.path.join(destination, leftover))
         for name in os.listdir(os.path.join(destination, RECORDS)):
             os.unlink(os.path.join(destination, RECORDS, name))
     for folder in [RECORDS, *sorted(folders, key=lambda path: -path.count("/")), ""]:
+        full = os.path.join(destination, folder)
         with contextlib.suppress(OSError):  # others' files are in it
-            os.rmdir(os.path.join(destination, folder))
+            if folder:
+                open_up(os.path.dirname(full))
+            os.rmdir(full)
+    for folder, mode in modes.items():
+        with contextlib.suppress(OSError):  # it has gone
+            os.chmod(folder, mode)
     return removed
 
 
@@ -181,7 +203,7 @@ def _stage_here(source: str, destination: str, workers: int | None, verify: bool
         arguments = [(job.plan.source, job.plan.destination, share, job.present) for share in shares]
         return carry_out("copy_share", arguments, sum(file.size for file in these), "staging")
 
-    with begin(job):
+    with refused("staged"), begin(job):
         failures = copy(files)
         if verify:
             staged = staged_records(job)
@@ -192,7 +214,8 @@ def _stage_here(source: str, destination: str, workers: int | None, verify: bool
             again = [file for file in (*files, *job.plan.staged) if file.path in damaged]
             failures |= copy(again)
             known = staged_records(job)
-            failures |= verify_share(job.plan.destination, [(f.path, known[f.path]) for f in again], lambda done: None)
+            mended = [(file.path, known[file.path]) for file in again if file.path in known]
+            failures |= verify_share(job.plan.destination, mended, lambda done: None)
         finish(job, failures)
     return report(job, began, verify, len(again) if verify else 0)
 
@@ -214,16 +237,16 @@ def begin(job: Job) -> Iterator[None]:
     destination = job.plan.destination
     with contextlib.ExitStack() as stack:
         try:
+            for folder in sorted(job.plan.directories):  # "" first, then each before what is in it
+                path = os.path.join(destination, folder)
+                os.makedirs(path, exist_ok=True)
+                if not os.access(path, os.W_OK | os.X_OK):  # a read-only folder, from an earlier run
+                    os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | 0o700)
             os.makedirs(os.path.join(destination, RECORDS), exist_ok=True)
             stack.enter_context(_lock(destination))
             for leftover in job.leftovers:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(destination, leftover))
-            for folder in sorted(job.plan.directories):
-                path = os.path.join(destination, folder)
-                os.makedirs(path, exist_ok=True)
-                if not os.access(path, os.W_OK | os.X_OK):  # a read-only folder, from an earlier run
-                    os.chmod(path, 0o700)
         except OSError as error:
             raise StageError(f"{error.filename!r} cannot be made: {error.strerror}; nothing was copied") from None
         yield
@@ -288,13 +311,13 @@ def missing(destination: str, files: Sequence[File], why: str) -> dict[str, str]
     """Those of `files` that are not in place and on record, each with the reason `why`."""
     records, failures = read_records(destination), {}
     for file in files:
-        known = any(record[:2] == (file.size, file.mtime_ns) for record in records.get(file.path, []))
         try:
             found = os.lstat(os.path.join(destination, file.path))
-            there = (found.st_size, found.st_mtime_ns) == (file.size, file.mtime_ns)
         except OSError:
-            there = False
-        if not (known and there):
+            failures[file.path] = why
+            continue
+        ours = [record for record in records.get(file.path, []) if is_of(record, file)]
+        if not any(is_copy(record, found.st_size, found.st_mtime_ns) for record in ours):
             failures[file.path] = why
     return failures
 
@@ -321,7 +344,7 @@ def staged_records(job: Job) -> dict[str, Record]:
     records = read_records(job.plan.destination)
     result = dict(job.records)
     for file in job.plan.files:
-        ours = [record for record in records.get(file.path, []) if record[:2] == (file.size, file.mtime_ns)]
+        ours = [record for record in records.get(file.path, []) if is_of(record, file)]
         if ours:
             result[file.path] = ours[-1]
     return result
@@ -333,7 +356,9 @@ def finish(job: Job, failures: Mapping[str, str]) -> None:
     for path, target in plan.links.items():
         full = os.path.join(plan.destination, path)
         try:
-            temporary = os.path.join(os.path.dirname(full), f"{copying.TEMPORARY}link")
+            temporary = os.path.join(os.path.dirname(full), ".nurion-part-link")
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
             os.symlink(target, temporary)
             os.replace(temporary, full)
         except OSError as error:
@@ -346,7 +371,9 @@ def finish(job: Job, failures: Mapping[str, str]) -> None:
         problems["the manifest"] = f"{error.strerror}; the journals hold the records"
     for folder, mode in sorted(plan.directories.items(), reverse=True):
         with contextlib.suppress(OSError):
-            os.chmod(os.path.join(plan.destination, folder), mode & 0o777)
+            full = os.path.join(plan.destination, folder)
+            # What the folder's owner has set on it stays: in a project's folder new files get the project's group.
+            os.chmod(full, mode | stat.S_IMODE(os.stat(full).st_mode) & 0o7000)
     raise_failures(plan, problems)
 
 
