@@ -245,7 +245,7 @@ print(plan)
 # A burst buffer is shared, so each file has to be copied once. Disks inside the nodes are not: every node needs everything. **Predict:** 1024 nodes, a data set of 1 TB, Lustre at 300 GB/s, network links of 12.3 GB/s (both are Nurion's), disks that write 2 GB/s. How long does it take if every node reads everything from Lustre? And if each reads a 1024th part and passes it on to its neighbour?
 
 # %%
-terabyte = staging.StagePlan.of_sizes([250_000_000] * 4000, ranks=1024, everyone=True)
+terabyte = staging.StagePlan.of_sizes([250_000_000] * 4000, ranks=1024, replicate=True)
 nurion = sites.load("nurion")
 lustre_gb_per_s, link_gb_per_s = nurion.file_systems["scratch"].bandwidth_gb_per_s, nurion.fabric.link_gb_per_s
 everyone_reads_s = 1024 * terabyte.bytes / 1e9 / lustre_gb_per_s
@@ -599,7 +599,7 @@ for path in ("/scratch_ime/you/imagenet", directory / "my-buffer" / "imagenet"):
         print("-", guarded[-1])
 
 # %% [markdown]
-# Other machines make a burst buffer for a job and copy into it before it starts: `job_script("cori", ...)` writes the directives of a Cray DataWarp, `job_script("elcapitan", ...)` those of a Rabbit. For a plain disk in each node, `stage(..., everyone=True)` inside the job does it, or `mpiexec -n 4 python -m nurion_utils.staging --everyone SRC DST/{rank}`.
+# Other machines make a burst buffer for a job and copy into it before it starts: `job_script("cori", ...)` writes the directives of a Cray DataWarp, `job_script("elcapitan", ...)` those of a Rabbit. For a plain disk in each node, `stage(..., replicate=True)` inside the job does it, or `mpiexec -n 4 python -m nurion_utils.staging --replicate SRC DST/{rank}`.
 #
 # ## Exercises
 #

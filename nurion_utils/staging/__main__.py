@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan")
     parser.add_argument("--verify", action="store_true", help="read everything again, and mend what is damaged")
     parser.add_argument("--purge", action="store_true", help="remove what was staged to DESTINATION, and nothing else")
-    parser.add_argument("--everyone", action="store_true", help="each rank needs all files at a place of its own")
+    parser.add_argument("--replicate", action="store_true", help="each rank needs all files at a place of its own")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args(arguments)
     comm = None
@@ -42,13 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
             result, text = {"removed_files": removed}, f"{removed:,} files removed"
         elif options.dry_run:
             size = 1 if comm is None else comm.size
-            plan = stager.plan(options.source, options.destination, size, options.everyone)
+            plan = stager.plan(options.source, options.destination, size, options.replicate)
             result = {"files": len(plan.files), "bytes": plan.bytes, "staged_files": len(plan.staged)}
             result["ranks"] = plan.table().to_dict("records")
             text = str(plan)
         else:
             report = stager.stage(
-                options.source, options.destination, comm, everyone=options.everyone, verify=options.verify
+                options.source, options.destination, comm, replicate=options.replicate, verify=options.verify
             )
             result, text = asdict(report), str(report)
     except StageError as error:

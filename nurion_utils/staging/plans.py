@@ -161,13 +161,13 @@ class StagePlan:
     Attributes
     ----------
     source, destination : str
-        Folders; a destination of a plan for everyone holds ``{rank}`` where the ranks share one file system.
+        Folders; a destination of a plan that replicates holds ``{rank}`` where the ranks share one file system.
     files : tuple of File
         Those to be copied.
     reader : tuple of int
         The rank that reads each of them.
     ranks : int
-    everyone : bool
+    replicate : bool
         Whether every rank has a destination of its own and needs all files.  Then each is read once, and goes round
         the ring of the ranks: rank r hands what it has read, or was handed by r - 1, to r + 1.
     staged : tuple of File
@@ -178,7 +178,7 @@ class StagePlan:
     destination: str
     files: tuple[File, ...]
     ranks: int
-    everyone: bool = False
+    replicate: bool = False
     staged: tuple[File, ...] = ()
     directories: Mapping[str, int] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
@@ -190,10 +190,10 @@ class StagePlan:
         object.__setattr__(self, "reader", tuple(deal(self.files, self.ranks)))
 
     @classmethod
-    def of_sizes(cls, sizes_bytes: Iterable[int], ranks: int, everyone: bool = False) -> StagePlan:
+    def of_sizes(cls, sizes_bytes: Iterable[int], ranks: int, replicate: bool = False) -> StagePlan:
         """A plan of files that need not exist, to be timed and drawn."""
         files = tuple(File(f"file-{i}", size, 0, 0o644, size) for i, size in enumerate(sizes_bytes))
-        return cls("source", "destination", files, ranks, everyone)
+        return cls("source", "destination", files, ranks, replicate)
 
     @property
     def bytes(self) -> int:
@@ -215,8 +215,8 @@ class StagePlan:
         rows = []
         for rank in range(self.ranks):
             # on its way round the ring a share is not sent back to the rank that read it
-            sends = self.bytes - reads[(rank + 1) % self.ranks] if self.everyone else 0
-            receives = self.bytes - reads[rank] if self.everyone else 0
+            sends = self.bytes - reads[(rank + 1) % self.ranks] if self.replicate else 0
+            receives = self.bytes - reads[rank] if self.replicate else 0
             row = {"rank": rank, "reads_files": count[rank], "reads_bytes": reads[rank]}
             rows.append(
                 {**row, "sends_bytes": sends, "receives_bytes": receives, "writes_bytes": reads[rank] + receives}
@@ -253,7 +253,7 @@ class StagePlan:
         if self.staged:
             lines[0] += f", {count(self.staged)} already there"
         for row in rows.head(16).itertuples():
-            passed = f", passes on {bytes_text(row.sends_bytes)}" if self.everyone else ""
+            passed = f", passes on {bytes_text(row.sends_bytes)}" if self.replicate else ""
             lines.append(f"  rank {row.rank}: reads {row.reads_files:,} files, {bytes_text(row.reads_bytes)}{passed}")
         if len(rows) > 16:
             lines.append(f"  ... {len(rows) - 16:,} more ranks")
@@ -266,7 +266,7 @@ class StagePlan:
         rows = self.table()
         figure, axis = plt.subplots(figsize=(6.5, 0.32 * min(len(rows), 24) + 1.6), layout="constrained")
         axis.barh(rows["rank"], rows["reads_bytes"] / 1e6, color="#0072B2", label="read from the source")
-        if self.everyone:
+        if self.replicate:
             axis.barh(
                 rows["rank"], rows["receives_bytes"] / 1e6, left=rows["reads_bytes"] / 1e6,
                 color="#E69F00", hatch="//", label="received from the rank before",

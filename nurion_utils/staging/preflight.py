@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nurion_utils.jobs.burst_buffers import guard
-from nurion_utils.staging.copying import Record, is_copy, is_of, is_time, read_records, record_of_link
 from nurion_utils.staging.plans import (
     RECORDS,
     TEMPORARY,
@@ -22,6 +21,7 @@ from nurion_utils.staging.plans import (
     refused,
     scan,
 )
+from nurion_utils.staging.records import Record, is_copy, is_of, is_time, read_records, record_of_link
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Job:
     leftovers: list[str]  # temporary files of killed runs
 
 
-def prepare(source: str, destination: str, ranks: int, everyone: bool) -> Job:
+def prepare(source: str, destination: str, ranks: int, replicate: bool) -> Job:
     """All that can be known before anything is touched; raises `StageError` where that is enough to refuse."""
     require_safe(destination)
     if not source or not destination:
@@ -53,7 +53,7 @@ def prepare(source: str, destination: str, ranks: int, everyone: bool) -> Job:
         todo, staged, present, known = _compared(tree, existing, records)
         _require_kinds(destination, tree, existing, records)
         _require_room(destination, todo, tree)
-    plan = StagePlan(source, destination, tuple(todo), ranks, everyone, tuple(staged), tree.directories, tree.links)
+    plan = StagePlan(source, destination, tuple(todo), ranks, replicate, tuple(staged), tree.directories, tree.links)
     return Job(plan, known, present, leftovers)
 
 

@@ -3,64 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import pickle
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from nurion_utils.staging import copying
-from nurion_utils.staging.copying import Record, is_copy, is_of, read_records, verify_share
-from nurion_utils.staging.plans import RECORDS, File, StageError, StagePlan, bytes_text, count, deal, is_within, refused
-from nurion_utils.staging.preflight import Job, is_ours, look, prepare, require_safe
+from nurion_utils.staging.copying import verify_share
+from nurion_utils.staging.plans import RECORDS, File, StageError, StagePlan, deal, is_within, refused
+from nurion_utils.staging.preflight import is_ours, look, prepare, require_safe
+from nurion_utils.staging.records import FOLDER, is_copy, is_of, read_records
+from nurion_utils.staging.session import Report, begin, finish, lock, report, staged_records
 
 # Below this much work, starting processes takes longer than they save.
 SMALL_FILES, SMALL_BYTES = 500, 32 << 20
 
 
-@dataclass(frozen=True)
-class Report:
-    """What staging did.
-
-    Attributes
-    ----------
-    files, bytes : int
-        At the destination now, with those that were there already.
-    copied_files, copied_bytes : int
-    time_s : float
-        From the first look at the source to the manifest.
-    verified : bool
-        Whether everything was read again.
-    mended_files : int
-        Those that had been damaged then, and were copied anew.
-    """
-
-    files: int
-    bytes: int
-    copied_files: int
-    copied_bytes: int
-    time_s: float
-    verified: bool
-    mended_files: int = 0
-
-    def __str__(self) -> str:
-        there = self.files - self.copied_files
-        mended = f", {self.mended_files:,} found damaged and copied anew" if self.mended_files else ""
-        verified = f", all read again{mended or ' and right'}" if self.verified else ""
-        return (
-            f"{self.files:,} files, {bytes_text(self.bytes)}: {self.copied_files:,} copied "
-            f"({bytes_text(self.copied_bytes)}), {there:,} already there, {self.time_s:.1f} s, "
-            f"{bytes_text(self.copied_bytes / self.time_s)}/s{verified}"
-        )
-
-
 def plan(
-    source: str | os.PathLike, destination: str | os.PathLike, ranks: int = 1, everyone: bool = False
+    source: str | os.PathLike, destination: str | os.PathLike, ranks: int = 1, replicate: bool = False
 ) -> StagePlan:
     """What `stage` would do, after all its checks; touches nothing.
 
@@ -69,7 +33,7 @@ def plan(
     StageError
         As `stage` does before it begins.
     """
-    return prepare(os.fspath(source), os.fspath(destination), ranks, everyone).plan
+    return prepare(os.fspath(source), os.fspath(destination), ranks, replicate).plan
 
 
 def stage(
@@ -77,7 +41,7 @@ def stage(
     destination: str | os.PathLike,
     ranks: Any = None,
     *,
-    everyone: bool = False,
+    replicate: bool = False,
     verify: bool = False,
     workers: int | None = None,
 ) -> Report:
@@ -97,7 +61,7 @@ def stage(
     ranks
         A `nurion_utils.ranks.World` or, in a program that `mpiexec` started, an MPI communicator, on all of whose
         ranks `stage` is called.  None: processes of this machine.
-    everyone
+    replicate
         Every rank has a destination of its own, such as a node's own disk, and needs all files.  Each file is read
         once and handed on from rank to rank over MPI.  Where ranks share a node, write ``{rank}`` into `destination`.
     verify
@@ -112,13 +76,13 @@ def stage(
         all others are in place.
     """
     source, destination = os.fspath(source), os.fspath(destination)
-    if ranks is None and everyone:
-        raise StageError("passing files on needs ranks: give stage a World, or start it with mpiexec")
+    if ranks is None and replicate:
+        raise StageError("replicating files needs ranks: give stage a World, or start it with mpiexec")
     if ranks is None:
         return _stage_here(source, destination, workers, verify)
-    from nurion_utils.staging import replicate  # MPI loads only where there are ranks
+    from nurion_utils.staging import on_ranks  # MPI loads only where there are ranks
 
-    return replicate.stage_on_ranks(ranks, source, destination, everyone, verify)
+    return on_ranks.stage_on_ranks(ranks, source, destination, replicate, verify)
 
 
 def purge(destination: str | os.PathLike) -> int:
@@ -149,7 +113,7 @@ def _purge(destination: str) -> int:
             modes[folder] = stat.S_IMODE(os.stat(folder).st_mode)
             os.chmod(folder, modes[folder] | 0o700)
 
-    with _lock(destination):
+    with lock(destination):
         records = read_records(destination)
         folders = set()
         for path, known in records.items():
@@ -162,7 +126,7 @@ def _purge(destination: str) -> int:
                     open_up(os.path.dirname(full))
                     os.unlink(full)
                     removed += 1
-            if copying.FOLDER in known:
+            if FOLDER in known:
                 folders.add(path)
             while path := os.path.dirname(path):
                 folders.add(path)
@@ -218,51 +182,6 @@ def _stage_here(source: str, destination: str, workers: int | None, verify: bool
             failures |= verify_share(job.plan.destination, mended, lambda done: None)
         finish(job, failures)
     return report(job, began, verify, len(again) if verify else 0)
-
-
-def report(job: Job, began: float, verified: bool, mended_files: int) -> Report:
-    plan = job.plan
-    everything = sum(file.size for file in plan.staged) + plan.bytes
-    time_s = time.perf_counter() - began
-    files = len(plan.staged) + len(plan.files)
-    return Report(files, everything, len(plan.files), plan.bytes, time_s, verified, mended_files)
-
-
-# -- during ----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def begin(job: Job) -> Iterator[None]:
-    """Make the folders, and keep others from staging to them."""
-    destination = job.plan.destination
-    with contextlib.ExitStack() as stack:
-        try:
-            for folder in sorted(job.plan.directories):  # "" first, then each before what is in it
-                path = os.path.join(destination, folder)
-                os.makedirs(path, exist_ok=True)
-                if not os.access(path, os.W_OK | os.X_OK):  # a read-only folder, from an earlier run
-                    os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | 0o700)
-            os.makedirs(os.path.join(destination, RECORDS), exist_ok=True)
-            stack.enter_context(_lock(destination))
-            for leftover in job.leftovers:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(destination, leftover))
-        except OSError as error:
-            raise StageError(f"{error.filename!r} cannot be made: {error.strerror}; nothing was copied") from None
-        yield
-
-
-@contextlib.contextmanager
-def _lock(destination: str) -> Iterator[None]:
-    with open(os.path.join(destination, RECORDS, "lock"), "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the copiers hold it too
-        except BlockingIOError:
-            raise StageError(f"another staging to {destination!r} is at work; wait for it to end") from None
-        except OSError:
-            pass  # some file systems know no locks
-        yield
 
 
 def _in_processes(
@@ -334,57 +253,3 @@ def _progress(total: int, title: str) -> Iterator[Callable[[int], None]]:
 
     with tqdm(total=total, desc=title, unit="B", unit_scale=True) as bar:
         yield bar.update
-
-
-# -- after -----------------------------------------------------------------------------------------------------
-
-
-def staged_records(job: Job) -> dict[str, Record]:
-    """The latest record of each file of the plan that has one."""
-    records = read_records(job.plan.destination)
-    result = dict(job.records)
-    for file in job.plan.files:
-        ours = [record for record in records.get(file.path, []) if is_of(record, file)]
-        if ours:
-            result[file.path] = ours[-1]
-    return result
-
-
-def finish(job: Job, failures: Mapping[str, str]) -> None:
-    """Links, modes of folders, the manifest; raises `StageError` for what failed."""
-    plan, problems = job.plan, dict(failures)
-    for path, target in plan.links.items():
-        full = os.path.join(plan.destination, path)
-        try:
-            temporary = os.path.join(os.path.dirname(full), ".nurion-part-link")
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            os.symlink(target, temporary)
-            os.replace(temporary, full)
-        except OSError as error:
-            problems[path] = error.strerror
-    try:
-        others = {path: copying.record_of_link(target) for path, target in plan.links.items()}
-        others |= dict.fromkeys(filter(None, plan.directories), copying.FOLDER)
-        copying.write_manifest(plan.destination, others, forget=problems)
-    except OSError as error:
-        problems["the manifest"] = f"{error.strerror}; the journals hold the records"
-    for folder, mode in sorted(plan.directories.items(), reverse=True):
-        with contextlib.suppress(OSError):
-            full = os.path.join(plan.destination, folder)
-            # What the folder's owner has set on it stays: in a project's folder new files get the project's group.
-            os.chmod(full, mode | stat.S_IMODE(os.stat(full).st_mode) & 0o7000)
-    raise_failures(plan, problems)
-
-
-def raise_failures(plan: StagePlan, failures: Mapping[str, str]) -> None:
-    if not failures:
-        return
-    shown = "; ".join(f"{path!r}: {why}" for path, why in list(failures.items())[:5])
-    more = f"; and {len(failures) - 5:,} more" if len(failures) > 5 else ""
-    done = len(plan.files) - len(set(failures) & {file.path for file in plan.files})
-    raise StageError(
-        f"{count(list(failures))} could not be staged to {plan.destination!r} ({shown}{more}); the other {done:,} are "
-        "in place, and a further run copies only what is missing",
-        failures,
-    )

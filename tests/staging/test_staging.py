@@ -222,7 +222,7 @@ def test_every_file_has_one_reader_and_shares_differ_from_the_mean_by_less_than_
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=50), st.integers(1, 9))
 def test_passing_on_reads_everything_once_and_brings_it_to_everyone(sizes, ranks):
-    plan = staging.StagePlan.of_sizes(sizes, ranks, everyone=True)
+    plan = staging.StagePlan.of_sizes(sizes, ranks, replicate=True)
     table = plan.table()
     assert table["reads_bytes"].sum() == sum(sizes)
     assert (table["writes_bytes"] == sum(sizes)).all()
@@ -230,7 +230,7 @@ def test_passing_on_reads_everything_once_and_brings_it_to_everyone(sizes, ranks
 
 
 def test_a_thousand_nodes_that_pass_on_need_the_source_once():
-    everyone = staging.StagePlan.of_sizes([8_000_000] * 2048, 1024, everyone=True)
+    everyone = staging.StagePlan.of_sizes([8_000_000] * 2048, 1024, replicate=True)
     seconds = everyone.time(source_gb_per_s=100, link_gb_per_s=10)
     assert seconds == pytest.approx(2046 * 8e6 / 10e9)  # all but what the neighbour has read, through one link
     naive = 1024 * everyone.bytes / 100e9
@@ -279,7 +279,7 @@ def test_the_ranks_of_a_world_share_the_work(source, tmp_path, world2):
 def test_every_rank_gets_everything_and_what_one_lacks_later_is_passed_on_again(source, tmp_path, world2):
     write(source / "long", os.urandom(20 << 20))  # longer than a block, so it goes round in parts
     for _ in range(2):
-        staging.stage(source, tmp_path / "node{rank}", world2, everyone=True, verify=True)
+        staging.stage(source, tmp_path / "node{rank}", world2, replicate=True, verify=True)
         for rank in (0, 1):
             assert contents(tmp_path / f"node{rank}") == contents(source)
         (tmp_path / "node1/long").unlink()
@@ -288,5 +288,5 @@ def test_every_rank_gets_everything_and_what_one_lacks_later_is_passed_on_again(
 
 def test_ranks_of_one_node_do_not_write_to_the_same_place(source, tmp_path, world2):
     with pytest.raises(staging.StageError, match="put {rank} into the destination"):
-        staging.stage(source, tmp_path / "node", world2, everyone=True)
+        staging.stage(source, tmp_path / "node", world2, replicate=True)
     assert not (tmp_path / "node").exists()

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from nurion_utils.ranks import meter
-from nurion_utils.staging import stager
+from nurion_utils.staging import session
 from nurion_utils.staging.copying import (
     Changed,
     Writer,
@@ -32,29 +32,29 @@ T = TypeVar("T")
 BLOCK_BYTES, BLOCK_FILES = 8 << 20, 256  # what goes round the ring at once
 
 
-def stage_on_ranks(ranks: Any, source: str, destination: str, everyone: bool, verify: bool) -> stager.Report:
+def stage_on_ranks(ranks: Any, source: str, destination: str, replicate: bool, verify: bool) -> session.Report:
     """`stager.stage` on a World, or on all ranks of a communicator, which call this together."""
     from nurion_utils.ranks import RankError, World
 
     if not isinstance(ranks, World):
-        result = _on_rank(ranks, source, destination, everyone, verify)
+        result = _on_rank(ranks, source, destination, replicate, verify)
     else:
-        stager.plan(source, destination.replace("{rank}", "0"), ranks.n, everyone)  # refused before ranks are asked
+        prepare(source, destination.replace("{rank}", "0"), ranks.n, replicate)  # refused before ranks are asked
 
         def on_rank() -> Any:
             from mpi4py import MPI
 
-            from nurion_utils.staging import replicate
+            from nurion_utils.staging import on_ranks
 
-            return replicate._on_rank(MPI.COMM_WORLD, source, destination, everyone, verify)
+            return on_ranks._on_rank(MPI.COMM_WORLD, source, destination, replicate, verify)
 
         try:
             result = ranks.run(on_rank)[0]
         except RankError as error:
-            where = [destination.replace("{rank}", str(rank)) for rank in range(ranks.n if everyone else 1)]
+            where = [destination.replace("{rank}", str(rank)) for rank in range(ranks.n if replicate else 1)]
             failures = {}
             for place in dict.fromkeys(where):
-                plan = stager.plan(source, place)  # what is there now
+                plan = prepare(source, place, 1, False).plan  # what is there now
                 names = {file.path if len(where) == 1 else f"{place}: {file.path}": file for file in plan.files}
                 failures |= dict.fromkeys(names, "not staged when the ranks were lost")
             first = next(iter(failures), "none")
@@ -68,25 +68,25 @@ def stage_on_ranks(ranks: Any, source: str, destination: str, everyone: bool, ve
     return result
 
 
-def _on_rank(comm: Any, source: str, destination: str, everyone: bool, verify: bool) -> stager.Report | StageError:
+def _on_rank(comm: Any, source: str, destination: str, replicate: bool, verify: bool) -> session.Report | StageError:
     """The same result on all ranks."""
     began = time.perf_counter()
     hosts = comm.allgather(socket.gethostname())
-    if everyone and len(set(hosts)) < len(hosts) and "{rank}" not in destination:
+    if replicate and len(set(hosts)) < len(hosts) and "{rank}" not in destination:
         return StageError("ranks that share a node would write the same files; put {rank} into the destination")
-    if everyone:
+    if replicate:
         destination = destination.replace("{rank}", str(comm.rank))
     try:
-        plans = everyone or comm.rank == 0
-        job = _together(comm, everyone, prepare if plans else _nothing, source, destination, comm.size, everyone)
-        if not everyone:
+        plans = replicate or comm.rank == 0
+        job = _together(comm, replicate, prepare if plans else _nothing, source, destination, comm.size, replicate)
+        if not replicate:
             job = comm.bcast(job)
-        return _carry_out(comm, job, everyone, verify, began)
+        return _carry_out(comm, job, replicate, verify, began)
     except StageError as error:  # the same on all ranks
         return error
 
 
-def _together(comm: Any, everyone: bool, function: Callable[..., T], *args: Any) -> T:
+def _together(comm: Any, replicate: bool, function: Callable[..., T], *args: Any) -> T:
     """``function(*args)`` of this rank, if no rank failed in it; else the first one's failure, raised on all ranks.
 
     Without it a rank that fails between two collectives would leave the others waiting for ever.
@@ -96,7 +96,7 @@ def _together(comm: Any, everyone: bool, function: Callable[..., T], *args: Any)
         with refused("staged"):
             result = function(*args)
     except StageError as error:
-        problem = StageError(f"rank {comm.rank}: {error}" if everyone else str(error), error.failures)
+        problem = StageError(f"rank {comm.rank}: {error}" if replicate else str(error), error.failures)
     if problem := next(filter(None, comm.allgather(problem)), None):
         raise problem
     return result
@@ -106,12 +106,12 @@ def _nothing(*_: Any) -> None:
     """The part of a rank that has none."""
 
 
-def _carry_out(comm: Any, job: Job, everyone: bool, verify: bool, began: float) -> stager.Report:
-    writes, plan = everyone or comm.rank == 0, job.plan
+def _carry_out(comm: Any, job: Job, replicate: bool, verify: bool, began: float) -> session.Report:
+    writes, plan = replicate or comm.rank == 0, job.plan
     with contextlib.ExitStack() as stack:
-        _together(comm, everyone, stack.enter_context, stager.begin(job) if writes else contextlib.nullcontext())
-        _together(comm, everyone, stack.enter_context, shared_lock(plan.destination))
-        if everyone:
+        _together(comm, replicate, stack.enter_context, session.begin(job) if writes else contextlib.nullcontext())
+        _together(comm, replicate, stack.enter_context, shared_lock(plan.destination))
+        if replicate:
             failures = _pass_on(comm, job)
         else:
             mine = [plan.files[i] for i in plan.share(comm.rank)]
@@ -120,21 +120,21 @@ def _carry_out(comm: Any, job: Job, everyone: bool, verify: bool, began: float) 
             failures = _merged(comm, copied)
         mended_files = 0
         if verify:
-            mended, again = _together(comm, everyone, _verified, comm, job, everyone)
-            failures |= mended if everyone else _merged(comm, mended)
+            mended, again = _together(comm, replicate, _verified, comm, job, replicate)
+            failures |= mended if replicate else _merged(comm, mended)
             mended_files = comm.allreduce(again)
-        _together(comm, everyone, stager.finish if writes else _nothing, job, failures)
-        return comm.bcast(stager.report(job, began, verify, mended_files))
+        _together(comm, replicate, session.finish if writes else _nothing, job, failures)
+        return comm.bcast(session.report(job, began, verify, mended_files))
 
 
-def _verified(comm: Any, job: Job, everyone: bool) -> tuple[dict[str, str], int]:
+def _verified(comm: Any, job: Job, replicate: bool) -> tuple[dict[str, str], int]:
     """Read this rank's part again, and copy again what is damaged; what stays wrong, and how many were mended."""
-    plan, records = job.plan, stager.staged_records(job)
-    mine = list(records.items()) if everyone else list(records.items())[comm.rank :: comm.size]
+    plan, records = job.plan, session.staged_records(job)
+    mine = list(records.items()) if replicate else list(records.items())[comm.rank :: comm.size]
     damaged = verify_share(plan.destination, mine, meter(sum(record[0] for _, record in mine), "verifying", "B"))
     again = [file for file in (*plan.files, *plan.staged) if file.path in damaged]
     failures = copy_share(plan.source, plan.destination, again, [], _nobody)
-    known = stager.staged_records(job)
+    known = session.staged_records(job)
     mended = [(file.path, known[file.path]) for file in again if file.path in known]
     return failures | verify_share(plan.destination, mended, _nobody), len(again)
 

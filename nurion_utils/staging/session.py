@@ -1,0 +1,145 @@
+"""One staging at its destination: its folders and its lock, the records it leaves, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from nurion_utils.staging import records
+from nurion_utils.staging.plans import RECORDS, StageError, StagePlan, bytes_text, count
+from nurion_utils.staging.preflight import Job
+from nurion_utils.staging.records import Record, is_of, read_records
+
+
+@dataclass(frozen=True)
+class Report:
+    """What staging did.
+
+    Attributes
+    ----------
+    files, bytes : int
+        At the destination now, with those that were there already.
+    copied_files, copied_bytes : int
+    time_s : float
+        From the first look at the source to the manifest.
+    verified : bool
+        Whether everything was read again.
+    mended_files : int
+        Those that had been damaged then, and were copied anew.
+    """
+
+    files: int
+    bytes: int
+    copied_files: int
+    copied_bytes: int
+    time_s: float
+    verified: bool
+    mended_files: int = 0
+
+    def __str__(self) -> str:
+        there = self.files - self.copied_files
+        mended = f", {self.mended_files:,} found damaged and copied anew" if self.mended_files else ""
+        verified = f", all read again{mended or ' and right'}" if self.verified else ""
+        return (
+            f"{self.files:,} files, {bytes_text(self.bytes)}: {self.copied_files:,} copied "
+            f"({bytes_text(self.copied_bytes)}), {there:,} already there, {self.time_s:.1f} s, "
+            f"{bytes_text(self.copied_bytes / self.time_s)}/s{verified}"
+        )
+
+
+def report(job: Job, began: float, verified: bool, mended_files: int) -> Report:
+    plan = job.plan
+    everything = sum(file.size for file in plan.staged) + plan.bytes
+    time_s = time.perf_counter() - began
+    files = len(plan.staged) + len(plan.files)
+    return Report(files, everything, len(plan.files), plan.bytes, time_s, verified, mended_files)
+
+
+@contextlib.contextmanager
+def begin(job: Job) -> Iterator[None]:
+    """Make the folders, and keep others from staging to them."""
+    destination = job.plan.destination
+    with contextlib.ExitStack() as stack:
+        try:
+            for folder in sorted(job.plan.directories):  # "" first, then each before what is in it
+                path = os.path.join(destination, folder)
+                os.makedirs(path, exist_ok=True)
+                if not os.access(path, os.W_OK | os.X_OK):  # a read-only folder, from an earlier run
+                    os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | 0o700)
+            os.makedirs(os.path.join(destination, RECORDS), exist_ok=True)
+            stack.enter_context(lock(destination))
+            for leftover in job.leftovers:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(destination, leftover))
+        except OSError as error:
+            raise StageError(f"{error.filename!r} cannot be made: {error.strerror}; nothing was copied") from None
+        yield
+
+
+@contextlib.contextmanager
+def lock(destination: str) -> Iterator[None]:
+    with open(os.path.join(destination, RECORDS, "lock"), "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the copiers hold it too
+        except BlockingIOError:
+            raise StageError(f"another staging to {destination!r} is at work; wait for it to end") from None
+        except OSError:
+            pass  # some file systems know no locks
+        yield
+
+
+def staged_records(job: Job) -> dict[str, Record]:
+    """The latest record of each file of the plan that has one."""
+    on_record = read_records(job.plan.destination)
+    result = dict(job.records)
+    for file in job.plan.files:
+        ours = [record for record in on_record.get(file.path, []) if is_of(record, file)]
+        if ours:
+            result[file.path] = ours[-1]
+    return result
+
+
+def finish(job: Job, failures: Mapping[str, str]) -> None:
+    """Links, modes of folders, the manifest; raises `StageError` for what failed."""
+    plan, problems = job.plan, dict(failures)
+    for path, target in plan.links.items():
+        full = os.path.join(plan.destination, path)
+        try:
+            temporary = os.path.join(os.path.dirname(full), ".nurion-part-link")
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            os.symlink(target, temporary)
+            os.replace(temporary, full)
+        except OSError as error:
+            problems[path] = error.strerror
+    try:
+        others = {path: records.record_of_link(target) for path, target in plan.links.items()}
+        others |= dict.fromkeys(filter(None, plan.directories), records.FOLDER)
+        records.write_manifest(plan.destination, others, forget=problems)
+    except OSError as error:
+        problems["the manifest"] = f"{error.strerror}; the journals hold the records"
+    for folder, mode in sorted(plan.directories.items(), reverse=True):
+        with contextlib.suppress(OSError):
+            full = os.path.join(plan.destination, folder)
+            # What the folder's owner has set on it stays: in a project's folder new files get the project's group.
+            os.chmod(full, mode | stat.S_IMODE(os.stat(full).st_mode) & 0o7000)
+    raise_failures(plan, problems)
+
+
+def raise_failures(plan: StagePlan, failures: Mapping[str, str]) -> None:
+    if not failures:
+        return
+    shown = "; ".join(f"{path!r}: {why}" for path, why in list(failures.items())[:5])
+    more = f"; and {len(failures) - 5:,} more" if len(failures) > 5 else ""
+    done = len(plan.files) - len(set(failures) & {file.path for file in plan.files})
+    raise StageError(
+        f"{count(list(failures))} could not be staged to {plan.destination!r} ({shown}{more}); the other {done:,} are "
+        "in place, and a further run copies only what is missing",
+        failures,
+    )
