@@ -31,7 +31,7 @@ class Recorder(NamedTuple):
 RECORDERS = {
     "backends": Recorder("nurion_utils.backends.recording:backends", ("horovod", "mpich", "oneccl-devel"), 11),
     "large_batch_digits": Recorder("nurion_utils.large_batch.experiment:record", ("tensorflow-cpu",), 15),
-    "network_lab": Recorder("nurion_utils.ranks.launchers.lab:record", ("mpich",), 6),
+    "network_lab": Recorder("nurion_utils.allreduce.measuring:record_lab", ("mpich",), 6),
     "resnet_epochs": Recorder("nurion_utils.backends.recording:resnet_epochs", ("horovod", "mpich", "oneccl-devel"), 4),
 }
 

@@ -26,8 +26,9 @@ lab_rate_mbit: float = 200.0  # speed of the links in the lab, in 10^6 bits per 
 lab_sizes: list = [1024, 16384, 262144, 2097152]  # bytes; 16000000 shows the last few per cent
 
 # %%
-from nurion_utils import allreduce, ranks
+from nurion_utils import allreduce, ranks, sites
 
+nurion = sites.load("nurion")
 world = ranks.start(n_ranks)
 
 # %% [markdown]
@@ -63,20 +64,27 @@ naive_allreduce(array)
 print(array)
 
 # %% [markdown]
-# Right on all ranks. But rank 0 received $(P-1)N$ bytes and sent as many, while the others' links were idle most of the time. With 8305 ranks and 28.15 MB that is 234 GB, 19 s in and then 19 s out at the 12.3 GB/s of an Omni-Path link, 38 s for every training step.
+# Right on all ranks. But rank 0 received $(P-1)N$ bytes and sent as many, while the others' links were idle most of the time. What does that mean for the 28 MB of CosmoFlow's gradient on all of Nurion's nodes?
+
+# %%
+link = allreduce.Link.of(nurion)
+gradient_bytes = 4 * 7_041_443  # CosmoFlow has so many parameters, float32
+naive_s = allreduce.time(allreduce.naive(nurion.node.count), gradient_bytes, link)
+print(
+    f"{nurion.node.count} nodes: {(nurion.node.count - 1) * gradient_bytes / 1e9:.0f} GB in, as much out: {naive_s:.0f} s"
+)
+
+# %% [markdown]
+# So many seconds for every training step.
 #
 # On your machine you would hardly notice: its ranks talk through memory, and rank 0 has no link that could clog. So here is a small network. The **lab** gives each rank a network of its own (Linux calls it a namespace), with a cable to a switch whose rate is limited. Where a machine does not permit this, the cell says why, and goes on with measurements that were recorded elsewhere.
 
 # %%
 import pandas as pd
 
-ALGORITHMS = {
-    "naive": allreduce.naive,
-    "tree": allreduce.tree,
-    "ring": allreduce.ring,
-    "recursive_doubling": allreduce.recursive_doubling,
-    "rabenseifner": allreduce.rabenseifner,
-}
+from nurion_utils import recordings
+from nurion_utils.allreduce import ALGORITHMS
+from nurion_utils.ranks.launchers import lab
 
 
 def contenders(n: int) -> dict:
@@ -88,10 +96,10 @@ lab_tables, lab_origin = [], "measured here"
 try:
     for n in lab_ranks:
         with lab.start(n, rate_mbit=lab_rate_mbit) as network:
-            lab_tables.append(network.measure(contenders(n), lab_sizes, repeats=3))
+            lab_tables.append(allreduce.measure_allreduce(network, contenders(n), lab_sizes, repeats=3))
     lab_table = pd.concat(lab_tables)
 except lab.LabError as error:
-    lab_table, lab_origin = lab.recorded(), "RECORDED on another machine"
+    lab_table, lab_origin = recordings.load("network_lab"), "RECORDED on another machine"
     print(str(error).splitlines()[0])
 largest = lab_table["size_bytes"].max()
 print(f"{len(lab_table)} observations, {lab_origin}")
@@ -103,14 +111,14 @@ print(f"{len(lab_table)} observations, {lab_origin}")
 import matplotlib.pyplot as plt
 import numpy as np
 
-plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
+from nurion_utils import style, timing
+
+style.use()
+colours = {"naive": style.VERMILION, "tree": style.ORANGE, "ring": style.BLUE, "recursive_doubling": style.GREEN}
+colours |= {"rabenseifner": style.PINK, "native": style.BLACK}
 STYLES = {
-    "naive": dict(color="#D55E00", marker="s"),
-    "tree": dict(color="#E69F00", marker="v"),
-    "ring": dict(color="#0072B2", marker="o"),
-    "recursive_doubling": dict(color="#009E73", marker="^"),
-    "rabenseifner": dict(color="#CC79A7", marker="D"),
-    "native": dict(color="black", marker="x"),
+    name: dict(color=colours.get(name, style.GREY), marker=marker)
+    for name, marker in zip(contenders(2), "svo^Dx<>", strict=False)
 }
 big = lab_table[lab_table["size_bytes"] == largest].groupby(["contender", "ranks"])[["time_s", "theory_s"]].median()
 figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
@@ -184,6 +192,7 @@ assert (chunks == sum(10**r for r in range(P))).all()
 #
 # The same for arrays of any length, with a count of what is sent. `np.array_split` cuts into nearly equal parts; they are views, so the array changes in place.
 
+
 # %%
 # %%px --no-stream
 def ring_allreduce(array):
@@ -245,13 +254,13 @@ print(my_ring)
 assert my_ring == allreduce.ring(P)
 
 # %% alt="One panel before and one after each step of the ring; rows are ranks, columns chunks, and each cell says how many contributions are in it. In the reduce-scatter the complete chunks appear along a diagonal, in the allgather they spread to all ranks. Curved arrows mark transfers from each rank to the next."
-figure = my_ring.draw()
+figure = allreduce.draw(my_ring)
 
 # %% [markdown]
 # The same as a moving picture:
 
 # %% alt="An animation of the same panels, one step per second."
-my_ring.animate()
+allreduce.animate(my_ring)
 
 # %% [markdown]
 # ### Right or wrong, without running
@@ -263,7 +272,7 @@ steps = [list(step) for step in my_ring.steps]
 steps[1][0] = steps[1][0]._replace(chunk=0)
 mistyped = Schedule("mistyped ring", P, P, tuple(Step.of(step) for step in steps))
 try:
-    mistyped.check()
+    allreduce.check(mistyped)
 except allreduce.ScheduleError as error:
     found = str(error)
     print(found)
@@ -273,7 +282,7 @@ except allreduce.ScheduleError as error:
 #
 # ### On the ranks
 #
-# `schedule.run(comm, array)` carries a schedule out: one `Sendrecv` and one addition per step, as you have written it. `CountingComm` counts at MPI's calls. The algorithms that you have met in the lab's table:
+# `allreduce.run(schedule, comm, array)` carries a schedule out: one `Sendrecv` and one addition per step, as you have written it. `CountingComm` counts at MPI's calls. The algorithms that you have met in the lab's table:
 #
 # - **naive**: to rank 0 and back, one rank after the other;
 # - **tree**: in each step half of those who still hold a sum hand it to a neighbour, until rank 0 has it all; then back the same way. $2\log_2 P$ steps, whole arrays;
@@ -290,10 +299,10 @@ def count(schedule: Schedule, n: int) -> tuple[int, int]:
     import numpy as np
     from mpi4py import MPI
 
-    from nurion_utils.allreduce.running import CountingComm
+    from nurion_utils import allreduce
 
-    comm = CountingComm(MPI.COMM_WORLD)
-    schedule.run(comm, np.ones(n, "float32"))
+    comm = allreduce.CountingComm(MPI.COMM_WORLD)
+    allreduce.run(schedule, comm, np.ones(n, "float32"))
     return comm.messages, comm.bytes_sent
 
 
@@ -332,12 +341,12 @@ def traced(n: int) -> list[dict]:
     ring, array = allreduce.ring(MPI.COMM_WORLD.size), np.ones(n, "float32")
     for _ in range(3):  # the last one counts: memory is warm then
         trace = []
-        ring.run(MPI.COMM_WORLD, array, op="mean", trace=trace)
+        allreduce.run(ring, MPI.COMM_WORLD, array, op="mean", trace=trace)
     return trace
 
 
 trace = pd.DataFrame([row for rows in world.run(traced, 2_000_000) for row in rows])
-figure = allreduce.drawing.timeline(trace)
+figure = allreduce.draw_trace(trace)
 
 # %% [markdown]
 # ## Time against size
@@ -346,26 +355,25 @@ figure = allreduce.drawing.timeline(trace)
 #
 # $$t = 2(P-1)\,\alpha + \frac{2N(P-1)}{P}\,\beta$$
 #
-# (adding up costs something as well, usually called $\gamma$; here it is counted in $\beta$). `schedule.time` works this out for any schedule.
+# (adding up costs something as well, usually called $\gamma$; here it is counted in $\beta$). `allreduce.time` works this out for any schedule.
 #
 # **Predict:** for which sizes will the ring lose against algorithms with fewer steps?
 
 # %%
-from nurion_utils.allreduce import measuring
-
 sizes = [2**k for k in range(10, 23)]
-times = measuring.measure(world, contenders(P), sizes, timing_repeats)
+times = allreduce.measure_allreduce(world, contenders(P), sizes, timing_repeats)
 times.groupby(["size_bytes", "contender"])["time_s"].median().unstack().mul(1e6).round(0).astype(int).iloc[::3]
 
 # %% [markdown]
 # (Microseconds.) From every other size we fit $\alpha$ and $\beta$, and predict the sizes in between, which the fit has not seen. Links in a network would have one $\alpha$ and one $\beta$ for all algorithms. Ranks that share memory and cores do not: how many of them copy at the same time makes a difference. So each algorithm gets its own two numbers, and MPI's, of which we do not know the steps, counts as one step.
 
 # %%
-fitted = measuring.fit(times[times["size_bytes"].isin(sizes[::2])], contenders(P))
+fitted = allreduce.fit(times[times["size_bytes"].isin(sizes[::2])], contenders(P))
 held_out = times[times["size_bytes"].isin(sizes[1::2])].groupby(["contender", "size_bytes"])["time_s"].median()
 held_out = held_out.reset_index()
 held_out["predicted_s"] = [
-    measuring.predict(fitted[row.contender], contenders(P)[row.contender], row.size_bytes) for row in held_out.itertuples()
+    allreduce.predict(contenders(P)[row.contender], row.size_bytes, fitted[row.contender])
+    for row in held_out.itertuples()
 ]
 held_out["error_percent"] = 100 * (held_out["predicted_s"] / held_out["time_s"] - 1).abs()
 median_error = held_out["error_percent"].median()
@@ -381,7 +389,7 @@ medians = times.groupby(["contender", "size_bytes"])["time_s"].median()
 for name, schedule in contenders(P).items():
     style = STYLES[name]
     left_axis.loglog(medians[name] * 1e6, ls="", ms=4, label=name, **style)
-    curve = [measuring.predict(fitted[name], schedule, size) * 1e6 for size in sizes]
+    curve = [allreduce.predict(schedule, size, fitted[name]) * 1e6 for size in sizes]
     left_axis.loglog(sizes, curve, color=style["color"], lw=1)
     if name != "native":
         right_axis.semilogx(medians[name] / medians["native"], lw=1, ms=4, **style)
@@ -413,6 +421,81 @@ plt.show()
 # %% [markdown]
 # For large arrays the order is that of the bytes through the busiest link: ring, Rabenseifner and native alike, then recursive doubling with whole arrays in every step, then the tree, then naive. For the smallest ones the bytes do not matter; steps do, and on few cores also whose turn it is, so that neighbouring algorithms may change places between runs.
 #
+# ## Several ranks on a node: shared memory
+#
+# Between two ranks of one node no wire is needed, and yet MPI copies every message twice: the sender into memory that MPI shares with the receiver, the receiver out of it. If the *arrays themselves* lay in shared memory, a rank could add its neighbour's chunk straight from where it is, and need not be sent anything, only be told that the chunk is ready. `SharedArray` is such an array, and `shared.allreduce(schedule)` reads the same schedule as `run`.
+#
+# **Predict:** the ring with 4 MB per rank, through messages, through shared memory, and MPI's own allreduce. Which is the fastest, and by what factor? And is the result the same to the last bit?
+
+
+# %%
+def three_ways(size_bytes: int, repeats: int) -> list[dict]:
+    """Times of an allreduce by messages, in shared memory and by MPI itself; all ranks give the same rows."""
+    import numpy as np
+    from mpi4py import MPI
+
+    from nurion_utils import allreduce, timing
+
+    comm, ring = MPI.COMM_WORLD, allreduce.ring(MPI.COMM_WORLD.size)
+    mine, total = timing.exact_arrays(size_bytes, comm.rank, comm.size)
+    array = mine.copy()
+    with allreduce.SharedArray(comm, len(mine), "float32") as shared:
+        ways = {
+            "ring, messages": lambda: allreduce.run(ring, comm, array),
+            "ring, shared memory": lambda: shared.allreduce(ring),
+            "native": lambda: comm.Allreduce(MPI.IN_PLACE, array),
+        }
+        shared.array[:] = mine
+        ways["ring, shared memory"](), ways["ring, messages"]()
+        assert np.array_equal(shared.array, total) and np.array_equal(array, total)
+        array[:] = shared.array[:] = 0
+        calls = {name: timing.calls_in(comm, way, 0.02, 300) for name, way in ways.items()}
+        return [
+            {"way": name, "repeat": repeat, "time_s": timing.block(comm, ways[name], calls[name])}
+            for repeat, name in timing.turns(list(ways), repeats)
+        ]
+
+
+shared_times = pd.DataFrame(world.run(three_ways, 2**22, max(timing_repeats, 6))[0])
+shared_speedup = timing.ratios(shared_times, of="ring, messages", contender="way").set_index("way")
+shared_speedup[["speedup", "low", "high"]].round(2)
+
+# %% [markdown]
+# (Times as fast as the ring through messages: the median of ratios of neighbouring turns, with its quartiles.) The sums were the same on both ways, to the last bit: it is one plan, with the same additions in the same order. Shared memory saves one of the two copies of each byte, so it should come out ahead for arrays that are larger than what a core's cache holds. How far ahead depends on the memory of your machine, and on who else uses it; where ranks outnumber cores, a rank that waits for its turn hides the difference. The next cell says what can be said from this run.
+
+# %%
+shared_row = shared_speedup.loc["ring, shared memory"]
+if shared_row["low"] > 1:
+    print(f"Shared memory was faster than messages, {shared_row['speedup']:.1f} times in the median.")
+elif shared_row["high"] < 1:
+    print("Messages were faster on this machine: its MPI moves large messages in a single copy, or memory is scarce.")
+else:
+    print("Too noisy to tell: the quartiles lie on both sides of 1, as they do where others use the cores.")
+
+# %% [markdown]
+# What follows from it for many nodes with several ranks each? Only one rank per node need talk to the others. `hierarchical` does so: up a tree inside each node, once around a ring of the nodes' first ranks, and down the trees again. Here are eight ranks on four nodes. **Predict:** how many of the arrows below join two nodes?
+
+# %% alt="Nine panels of eight ranks and four chunks: first odd ranks hand everything to even ones; then the even ranks pass chunks round a ring for six steps; at the end the even ranks hand the results to the odd ones."
+by_node = allreduce.hierarchical(8, ranks_per_node=2)
+figure = allreduce.draw(by_node)
+
+# %%
+rows = []
+for per_node in (1, 2, 4, 16):
+    n_nodes, tree_of_nodes = 64, allreduce.FatTree.of(nurion)
+    n = n_nodes * per_node
+    nodes = tree_of_nodes.in_order(n, ranks_per_node=per_node)
+    for name, schedule in {"ring": allreduce.ring(n), "hierarchical": allreduce.hierarchical(n, per_node)}.items():
+        leaving = sum(int((nodes[step.source] != nodes[step.destination]).sum()) for step in schedule.steps)
+        small, large = (allreduce.simulate(schedule, size, tree_of_nodes, nodes).time_s.sum() for size in (1024, 28e6))
+        rows.append((per_node, name, leaving // n_nodes, small * 1e3, large * 1e3))
+columns = ["ranks per node", "algorithm", "messages that leave each node", "1 kB, ms", "28 MB, ms"]
+layered = pd.DataFrame(rows, columns=columns).set_index(["ranks per node", "algorithm"])
+layered.round(2)
+
+# %% [markdown]
+# (64 nodes of Nurion, predicted by the simulation of a fat tree that the last section explains.) With one rank per node the two are the same ring. With more, the plain ring crosses each node's link once in every one of its $2(P-1)$ steps; the layered plan in $2(64-1)$ steps only, whatever the number of ranks per node. For small arrays, where each step costs its start-up, that is nearly all of the time. For large ones it makes hardly a difference, for the bytes on each link are the same, and what the plain ring loses in steps, the layered plan loses on whole arrays that go up and down the tree through the node's memory.
+#
 # ## Why Horovod fuses small tensors
 #
 # A network's gradient is not one array but one per layer, many of them small: biases, normalisation. **Predict** from the ring's row in your table of $\alpha$ and $\beta$: what is the gain of reducing 64 tensors of 4 kB as one of 256 kB?
@@ -436,14 +519,14 @@ def one_by_one_or_fused(n_tensors: int, n: int) -> tuple[float, float]:
             comm.Barrier()
             begin = time.perf_counter()
             for array in arrays:
-                ring.run(comm, array)
+                allreduce.run(ring, comm, array)
             times[name].append(comm.allreduce(time.perf_counter() - begin, op=MPI.MAX))
     return tuple(float(np.median(values)) for values in times.values())
 
 
 one_by_one_s, fused_s = world.run(one_by_one_or_fused, 64, 1024)[0]
 link, ring = fitted["ring"], allreduce.ring(P)
-predicted_ms = [64e3 * measuring.predict(link, ring, 4096), 1e3 * measuring.predict(link, ring, 64 * 4096)]
+predicted_ms = [64e3 * allreduce.predict(ring, 4096, link), 1e3 * allreduce.predict(ring, 64 * 4096, link)]
 print(f"one by one {one_by_one_s * 1e3:.2f} ms (predicted {predicted_ms[0]:.2f})")
 print(f"fused      {fused_s * 1e3:.2f} ms (predicted {predicted_ms[1]:.2f})")
 print(f"gain       {one_by_one_s / fused_s:.0f} (predicted {predicted_ms[0] / predicted_ms[1]:.0f})")
@@ -457,7 +540,7 @@ print(f"gain       {one_by_one_s / fused_s:.0f} (predicted {predicted_ms[0] / pr
 
 
 # %%
-def twenty_steps(with_what: str) -> list:
+def twenty_steps(with_what: str) -> tuple:
     """The weights after 20 training steps, gradients averaged by Horovod or by our ring."""
     import horovod.tensorflow as hvd
     import keras
@@ -476,7 +559,7 @@ def twenty_steps(with_what: str) -> list:
         hvd.init()
         optimizer = DistributedOptimizer(optimizer)
     else:
-        optimizer = DistributedOptimizer(optimizer, reducer=lambda flat: ring.run(comm, flat, op="mean"))
+        optimizer = DistributedOptimizer(optimizer, reducer=lambda flat: allreduce.run(ring, comm, flat, op="mean"))
     x, y, _, _ = digits.load()
     shard = Shard(len(x), comm.size, comm.rank, batch_size=16, seed=0)
     network.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -497,24 +580,21 @@ print(f"largest difference of any weight: {difference:.0e}; between ranks: {betw
 #
 # ## To 8305 nodes
 #
-# The very same objects now go to Nurion: 8305 nodes, links of 12.3 GB/s, messages that take 2.5 µs to start. Both figures are assumed from what is known of Omni-Path, not taken from Nurion's guide (`sites.load("nurion").table()` says where every figure comes from), and the ratios below depend on them.
+# The very same objects now go to Nurion's nodes. What a message costs there, `Link.of` reads from the description of the machine: 2.5 µs to start, 12.3 GB/s. Both figures are assumed from what is known of Omni-Path, not taken from Nurion's guide (`nurion.table()` says where every figure comes from), and the ratios below depend on them.
 #
 # The array is CosmoFlow's gradient of 28 MB. **Predict:** on 8192 nodes each step of the ring sends 3.4 kB. What does it spend its time on?
 
 # %%
-from nurion_utils import sites
-
-nurion = sites.load("nurion")
 fabric = allreduce.FatTree.of(nurion)
-link, gradient_bytes = fabric.link, 28.15e6
+link = fabric.link
 counts_of_ranks = [2**k for k in range(1, 14)] + [nurion.node.count]
 large = {
-    name: [algorithm(n).time(gradient_bytes, link) for n in counts_of_ranks]
+    name: [allreduce.time(algorithm(n), gradient_bytes, link) for n in counts_of_ranks]
     for name, algorithm in ALGORITHMS.items()
     if name != "naive"
 }
 ring_8192 = allreduce.ring(8192)
-latency_share = ring_8192.time(0, link) / ring_8192.time(gradient_bytes, link)
+latency_share = allreduce.time(ring_8192, 0, link) / allreduce.time(ring_8192, gradient_bytes, link)
 print(f"ring on 8192 nodes: {len(ring_8192.steps)} steps, {latency_share:.0%} of the time is latency")
 
 # %% alt="Left: predicted time of an allreduce of 28 megabytes against the number of ranks up to 8305. Rabenseifner stays near five milliseconds for powers of two and near ten at 8305 ranks; the ring equals it for few ranks and rises to over forty milliseconds; recursive doubling and the tree grow slowly from a higher level. Right: a map of the algorithm to choose by number of ranks and size: recursive doubling for small arrays, the ring for large arrays on few ranks, Rabenseifner between them; numbers of ranks that are no power of two make stripes in it, where the ring holds out longer."
@@ -522,13 +602,13 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 names = ["ring", "rabenseifner", "recursive_doubling"]  # the first that is within 5 % of the best
-colours = ["#0072B2", "#CC79A7", "#F0E442"]
+colours = [style.BLUE, style.PINK, style.YELLOW]
 map_ranks = sorted([2**k for k in range(1, 14)] + [3 * 2**k for k in range(12)])
 map_sizes = np.logspace(2, 9, 29)
 choice = np.empty((len(map_sizes), len(map_ranks)), int)
 for column, n in enumerate(map_ranks):
     schedules = [ALGORITHMS[name](n) for name in names]
-    seconds = np.array([[schedule.time(size, link) for schedule in schedules] for size in map_sizes])
+    seconds = np.array([[allreduce.time(schedule, size, link) for schedule in schedules] for size in map_sizes])
     choice[:, column] = (seconds <= 1.05 * seconds.min(axis=1, keepdims=True)).argmax(axis=1)
 figure, (left_axis, right_axis) = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained")
 for name, values in large.items():
@@ -558,7 +638,7 @@ pd.DataFrame(large, index=pd.Index(counts_of_ranks, name="ranks")).mul(1e3).roun
 #
 # Nurion's network is a **fat tree**: 32 nodes on each edge switch, but only 16 links from that switch up to the rest. If all 32 nodes send to other switches at the same time, two must share a link; this is what "50 % blocking" means.
 #
-# `schedule.simulate` sends every step through such a tree: transfers that share a link share its bandwidth fairly. Where the ranks sit is a parameter: in order; as a busy batch system hands nodes out, in order but with gaps; or anywhere.
+# `allreduce.simulate` sends every step through such a tree: transfers that share a link share its bandwidth fairly. Where the ranks sit is a parameter: in order; as a busy batch system hands nodes out, in order but with gaps; or anywhere.
 #
 # **Predict:** each rank of the ring sends to the next rank. In order, how many of the 32 streams of a switch leave it? And with random placement? And will Rabenseifner's algorithm, with its distant partners, suffer more than the ring or less?
 
@@ -572,9 +652,9 @@ placements = {
 rows = []
 for name in ("ring", "rabenseifner", "recursive_doubling"):
     schedule = ALGORITHMS[name](n)
-    alone_s = schedule.time(size_bytes, link)
+    alone_s = allreduce.time(schedule, size_bytes, link)
     for where, placement in placements.items():
-        steps = schedule.simulate(size_bytes, fabric, placement)
+        steps = allreduce.simulate(schedule, size_bytes, fabric, placement)
         worst = steps.loc[steps["time_s"].idxmax()]
         total_s = steps["time_s"].sum()
         rows.append((name, where, total_s, total_s / alone_s, worst["flows"], worst["busiest_link"]))
@@ -584,7 +664,7 @@ placed.round(2)
 
 # %% alt="Bars of the slowdown by shared links for three algorithms and three placements of 2048 ranks on Nurion's fat tree, with one gigabyte. The ring is not slowed down at all in order and as the batch system places it, and about fourfold at random. Rabenseifner is hardly slowed down in order, nearly twofold by the batch system's placement, and more than fourfold at random; recursive doubling suffers in every placement."
 figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
-looks = {"in order": ("#DDDDDD", ""), "batch system": ("#56B4E9", "//"), "random": ("#D55E00", "xx")}
+looks = {"in order": ("#DDDDDD", ""), "batch system": (style.SKY, "//"), "random": (style.VERMILION, "xx")}
 for i, (where, (colour, hatch)) in enumerate(looks.items()):
     values = placed[placed["placement"] == where].set_index("algorithm")["slowdown"]
     at = np.arange(3) + 0.27 * (i - 1)
@@ -607,7 +687,7 @@ plt.show()
 choices_by_size = {}
 for label, size in (("28 MB, ms", gradient_bytes), ("1 GB, ms", size_bytes)):
     choices_by_size[label] = {
-        f"{name}, {where}": ALGORITHMS[name](n).simulate(size, fabric, placement)["time_s"].sum() * 1e3
+        f"{name}, {where}": allreduce.simulate(ALGORITHMS[name](n), size, fabric, placement)["time_s"].sum() * 1e3
         for name in ("ring", "rabenseifner")
         for where, placement in placements.items()
     }
@@ -617,7 +697,7 @@ by_size.style.format("{:.1f}")
 # %% [markdown]
 # With 28 MB Rabenseifner's few steps win in every placement. With 1 GB and the placement that a batch system gives, or a random one, the ring does, although it needs 186 times as many steps.
 #
-# These are predictions of a model, and it leaves things out: other people's traffic, the ranks' own delays, routes that adapt, algorithms that work in several layers or in a pipeline (`allreduce.hierarchical` is one to try). They say what routes and placement alone cost. The simulator itself was checked against SimGrid, an established simulator of networks, for up to 512 hosts.
+# These are predictions of a model, and it leaves things out: other people's traffic, the ranks' own delays, routes that adapt, algorithms that work in a pipeline. They say what routes and placement alone cost. The simulator itself was checked against SimGrid, an established simulator of networks, for up to 512 hosts.
 #
 # ## Exercises
 #
@@ -645,17 +725,21 @@ from nurion_utils import allreduce
 for P in (2, 4, 7):
     first = [reduce_scatter_step(step, P) for step in range(P - 1)]
     assert any(first), "Nothing is sent yet: put a list of Transfer(...) in place of the dots."
-    assert all(len(step) == P for step in first), f"With {P} ranks, {P} transfers go on in every step, one from each rank."
-    assert all(t.reduce for step in first for t in step), "In the reduce-scatter every transfer is reduced: reduce=True."
+    assert all(len(step) == P for step in first), (
+        f"With {P} ranks, {P} transfers go on in every step, one from each rank."
+    )
+    assert all(t.reduce for step in first for t in step), (
+        "In the reduce-scatter every transfer is reduced: reduce=True."
+    )
     second = [allgather_step(step, P) for step in range(P - 1)]
     try:
-        Schedule("yours", P, P, tuple(map(Step.of, first + second))).check()
+        allreduce.check(Schedule("yours", P, P, tuple(map(Step.of, first + second))))
     except allreduce.ScheduleError as error:
         raise AssertionError(f"With {P} ranks it is not right yet: {error}.") from None
 print("Right, for any number of ranks.")
 
 # %% [markdown]
-# **2. Find the fault.** This ring of four ranks has one wrong transfer. `suspect.check()` says what is missing at the end; the fault lies earlier. `print(suspect)`, and give the step (counted from 0), the transfer as it is, and as it should be.
+# **2. Find the fault.** This ring of four ranks has one wrong transfer. `allreduce.check(suspect)` says what is missing at the end; the fault lies earlier. `print(suspect)`, and give the step (counted from 0), the transfer as it is, and as it should be.
 
 # %% tags=["exercise"]
 from nurion_utils.allreduce import Schedule, Step, Transfer
@@ -676,44 +760,49 @@ faulty_step, wrong, right_one = 3, Transfer(0, 1, 0, reduce=False), Transfer(0, 
 # --- end solution
 
 # %% tags=["check"]
-from nurion_utils.allreduce import ScheduleError
+from nurion_utils.allreduce import ScheduleError, check
 
 assert None not in (faulty_step, wrong, right_one), "Put your three answers in place of the dots."
-assert isinstance(wrong, Transfer) and isinstance(right_one, Transfer), "Write transfers as Transfer(0, 1, 0, reduce=True)."
+assert isinstance(wrong, Transfer) and isinstance(right_one, Transfer), (
+    "Write transfers as Transfer(0, 1, 0, reduce=True)."
+)
 assert faulty_step in range(6), "The steps are counted from 0 to 5."
 assert wrong in list(suspect.steps[faulty_step]), f"Step {faulty_step} has no {wrong}: compare with the print."
 steps = [[right_one if i == faulty_step and t == wrong else t for t in step] for i, step in enumerate(suspect.steps)]
 try:
-    Schedule("mended", 4, 4, tuple(Step.of(step) for step in steps)).check()
+    check(Schedule("mended", 4, 4, tuple(Step.of(step) for step in steps)))
 except ScheduleError as error:
     raise AssertionError(f"That does not mend it: {error}.") from None
 print("Right: in a ring, the chunk that a rank sends counts down by one from step to step.")
 
 # %% [markdown]
-# **3. Choose an algorithm** for each of these, on links with $\alpha$ = 2.5 µs and 12.3 GB/s that nobody shares: `"naive"`, `"tree"`, `"ring"`, `"recursive_doubling"` or `"rabenseifner"`. Within 10 % of the best counts. Six ranks are no power of two, so Rabenseifner and recursive doubling send the array of two ranks to neighbours first, and back at the end.
+# **3. Choose an algorithm** for each of these, on Nurion's links, that nobody shares: `"naive"`, `"tree"`, `"ring"`, `"recursive_doubling"` or `"rabenseifner"`. Within 10 % of the best counts. Six ranks are no power of two, so Rabenseifner and recursive doubling send the array of two ranks to neighbours first, and back at the end.
 
 # %% tags=["exercise"]
 choices = {
     (1024, 8): None,  # ranks, bytes: one loss to be averaged
     (6, 500_000_000): None,  # the gradient of a large network on six nodes
-    (4096, 28_150_000): None,  # CosmoFlow on half of the machine
+    (4096, 28_170_000): None,  # CosmoFlow on half of the machine
 }
 # --- solution
-choices = {(1024, 8): "recursive_doubling", (6, 500_000_000): "ring", (4096, 28_150_000): "rabenseifner"}
+choices = {(1024, 8): "recursive_doubling", (6, 500_000_000): "ring", (4096, 28_170_000): "rabenseifner"}
 # --- end solution
 
 # %% tags=["check"]
-from nurion_utils import allreduce
+from nurion_utils import allreduce, sites
+from nurion_utils.allreduce import ALGORITHMS
 
-algorithms = {"naive": allreduce.naive, "tree": allreduce.tree, "ring": allreduce.ring}
-algorithms |= {"recursive_doubling": allreduce.recursive_doubling, "rabenseifner": allreduce.rabenseifner}
+link = allreduce.Link.of(sites.load("nurion"))
 for (n, size), chosen in choices.items():
     assert chosen is not None, f"Put a name in place of the dots for {n} ranks and {size} bytes."
-    assert chosen in algorithms, f"There is no {chosen!r}; choose from {', '.join(algorithms)}."
-    seconds = {name: make(n).time(size, allreduce.Link(2.5e-6, 1 / 12.3e9)) for name, make in algorithms.items()}
+    assert chosen in ALGORITHMS, f"There is no {chosen!r}; choose from {', '.join(ALGORITHMS)}."
+    seconds = {name: allreduce.time(make(n), size, link) for name, make in ALGORITHMS.items()}
     ratio = seconds[chosen] / min(seconds.values())
-    costs = f"{len(algorithms[chosen](n).steps)} steps, of which start-up alone is {2.5e-3 * len(algorithms[chosen](n).steps):.3g} ms"
-    assert ratio < 1.1, f"{n} ranks, {size} bytes: {chosen} takes {ratio:.3g} times as long as the best; it has {costs}."
+    steps = len(ALGORITHMS[chosen](n).steps)
+    costs = f"{steps} steps, of which start-up alone is {1e3 * steps * link.alpha_s:.3g} ms"
+    assert ratio < 1.1, (
+        f"{n} ranks, {size} bytes: {chosen} takes {ratio:.3g} times as long as the best; it has {costs}."
+    )
 print("Right, all three.")
 
 # %%
@@ -723,6 +812,11 @@ world.stop()
 assert fitted["ring"].alpha_s > 0 and median_error < 50, "the two-parameter model does not describe these ranks at all"
 assert big.loc[("naive", n_hosts := lab_table["ranks"].max()), "time_s"] > 1.5 * big.loc[("ring", n_hosts), "time_s"]
 assert one_by_one_s > fused_s
+between_nodes = [step for step in by_node.steps if (step.source // 2 != step.destination // 2).all()]
+assert [len(step) for step in between_nodes] == [4] * 6 and len(by_node.steps) == 8
+assert set(layered.xs("hierarchical", level=1)["messages that leave each node"]) == {126}
+assert layered.loc[(16, "ring"), "1 kB, ms"] > 10 * layered.loc[(16, "hierarchical"), "1 kB, ms"]
+assert abs(layered.loc[(16, "ring"), "28 MB, ms"] / layered.loc[(16, "hierarchical"), "28 MB, ms"] - 1) < 0.1
 assert difference < 1e-5 and between_ranks == 0
 assert large["ring"][-1] > 4 * large["rabenseifner"][-1] and latency_share > 0.8
 slowdown = placed.set_index(["algorithm", "placement"])["slowdown"]

@@ -4,7 +4,7 @@
 >>> ring = allreduce.ring(4)
 >>> ring.messages(rank=0), ring.bytes_sent(rank=0, size_bytes=1000)
 (6, 1500)
->>> ring.check()  # raises ScheduleError if the schedule is wrong
+>>> allreduce.check(ring)  # raises ScheduleError if the schedule is wrong
 """
 
 import lazy_loader

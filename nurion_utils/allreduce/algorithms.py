@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -74,16 +74,20 @@ def hierarchical(ranks: int, ranks_per_node: int) -> Schedule:
     """Up a tree inside each node, around a ring of the nodes' first ranks, and down the trees again."""
     ranks, ranks_per_node = whole_number(ranks, "ranks"), whole_number(ranks_per_node, "ranks_per_node")
     everyone = np.arange(ranks)
-    leaders = everyone[::ranks_per_node]
-    between = ring(len(leaders))
+    leaders = _fixed(everyone[::ranks_per_node].copy())
+    right, between = _fixed(np.roll(leaders, -1)), ring(len(leaders))
     up = list(_binomial(everyone, everyone % ranks_per_node, between.chunks))
-    shared = {id(column): column for step in between.steps for column in (step.source, step.destination)}
-    columns = {key: _fixed(leaders[column]) for key, column in shared.items()}
-    around = [
-        Step(columns[id(step.source)], columns[id(step.destination)], step.chunk, step.count, step.reduce)
-        for step in between.steps
-    ]
+    around = [Step(leaders, right, step.chunk, step.count, step.reduce) for step in between.steps]
     return Schedule("hierarchical", ranks, between.chunks, (*up, *around, *map(_reversed, reversed(up))))
+
+
+ALGORITHMS: dict[str, Callable[[int], Schedule]] = {
+    "naive": naive,
+    "tree": tree,
+    "ring": ring,
+    "recursive_doubling": recursive_doubling,
+    "rabenseifner": rabenseifner,
+}  # those that need to know the number of ranks only
 
 
 def _binomial(ranks: np.ndarray, place: np.ndarray, chunks: int) -> Iterator[Step]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from nurion_utils.allreduce.schedule import Schedule, ScheduleError, Transfer
 
@@ -10,6 +11,7 @@ from nurion_utils.allreduce.schedule import Schedule, ScheduleError, Transfer
 Holdings = list[list[int]]  # by rank, by chunk
 
 
+@lru_cache(maxsize=64)  # a schedule never changes
 def check(schedule: Schedule) -> None:
     """Prove that after the last step every rank holds every chunk with every rank's contribution exactly once.
 

@@ -2,25 +2,25 @@
 
 >>> from nurion_utils import allreduce, sites
 >>> nurion = allreduce.FatTree.of(sites.load("nurion"))
->>> steps = allreduce.ring(8305).simulate(100e6, nurion)  # a row per step
+>>> steps = allreduce.simulate(allreduce.ring(8305), 100e6, nurion)  # a row per step
 >>> f"{steps.time_s.sum():.3f} s, at most {steps.flows.max()} transfer on a link"
 '0.058 s, at most 1 transfer on a link'
 
 The steps follow one another as if all ranks waited for the slowest, every transfer of a step starts at once, routes
-never change, and nobody else uses the network.  So it shows what routes and placement cost, and no more than that.
+never change, and nobody else uses the network. So it shows what routes and placement cost, and no more than that.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nurion_utils._checks import whole_number
-from nurion_utils.allreduce.schedule import Link, Schedule, ScheduleError, Step, size
+from nurion_utils._checks import number, positive, whole_number
+from nurion_utils.allreduce.cost import Link
+from nurion_utils.allreduce.schedule import Schedule, ScheduleError, Step
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 _MEMORY_ACCESSES = 3
 # Other people's jobs on a busy machine have 1 to 512 nodes, each power of two as often as the next; chosen.
 _LARGEST_OTHER_JOB = 512
-# Flows that should finish, and links that should fill, at the same moment may differ by rounding.
-_SAME = 1 + 1e-9
 
 
 @dataclass(frozen=True)
 class FatTree:
     """Nodes on edge switches, and every edge switch on the same core switches, one link to each.
 
-    Every link carries its full bandwidth both ways at the same time.  Links are numbered: first all links from a
+    Every link carries its full bandwidth both ways at the same time. Links are numbered: first all links from a
     node up to its switch, then those down to the nodes, the nodes' memories, the links from the edge switches up,
-    and those down to them; `link_name` says which is which.
+    and those down to them; `link_name` says which is which. The route to a node is the same from everywhere: the core
+    switches are numbered by destination node (d-mod-k; Zahavi 2010), as real fabrics and SimGrid do, which spreads the
+    nodes of a switch over all its links.
 
     Parameters
     ----------
@@ -54,10 +54,6 @@ class FatTree:
     memory_beta_s_per_byte
         What a byte costs from one rank to another on the same node: no link of the network, but the node's memory,
         which all such transfers of the node share.
-    routing
-        The route to a node is the same from everywhere (d-mod-k; Zahavi 2010).  "node" numbers the core switches by
-        destination node, as real fabrics and SimGrid do, which spreads the nodes of a switch over all its links;
-        "switch" by destination switch, which brings all their traffic through one link: a numbering gone wrong.
     """
 
     nodes: int
@@ -65,21 +61,14 @@ class FatTree:
     edge_up: int
     link: Link
     memory_beta_s_per_byte: float
-    routing: Literal["node", "switch"] = "node"
 
     def __post_init__(self) -> None:
         for name in ("nodes", "edge_down", "edge_up"):
             whole_number(getattr(self, name), name)
         if not isinstance(self.link, Link):
             raise ValueError(f"link must be a Link(alpha_s, beta_s_per_byte), not {self.link!r}")
-        for name, beta in (
-            ("link.beta_s_per_byte", self.link.beta_s_per_byte),
-            ("memory_beta_s_per_byte", self.memory_beta_s_per_byte),
-        ):
-            if not (isinstance(beta, int | float) and 0 < beta < math.inf):
-                raise ValueError(f"{name} must be a number above 0, not {beta!r}")
-        if self.routing not in ("node", "switch"):
-            raise ValueError(f"routing must be 'node' or 'switch', not {self.routing!r}")
+        positive(self.link.beta_s_per_byte, "link.beta_s_per_byte")
+        positive(self.memory_beta_s_per_byte, "memory_beta_s_per_byte")
 
     @classmethod
     def of(cls, site: Site, gamma_s_per_byte: float = 0.0) -> FatTree:
@@ -91,15 +80,13 @@ class FatTree:
         from nurion_utils.sites import SiteError
 
         fabric, memory = site.fabric, site.node.fast_memory_gb_per_s
-        if fabric is None or fabric.topology != "fat tree" or memory is None:
+        if fabric is None or fabric.topology != "fat tree" or not (fabric.edge_down and fabric.edge_up and memory):
             raise SiteError(
-                f"The site {site.name!r} describes no fat tree between nodes with fast memory: take one that does, "
-                "such as 'nurion', or make a FatTree of your own figures."
+                f"the site {site.name!r} does not describe a fat tree (edge_down, edge_up) between nodes with fast "
+                "memory: take one that does, such as 'nurion', or make a FatTree of your own figures"
             )
-        link = Link(fabric.latency_us * 1e-6, 1e-9 / fabric.link_gb_per_s, gamma_s_per_byte)
+        link = Link.of(site, gamma_s_per_byte)
         return cls(site.node.count, fabric.edge_down, fabric.edge_up, link, 1e-9 * _MEMORY_ACCESSES / memory)
-
-    # -- links and routes -------------------------------------------------------------------------------------
 
     @property
     def edges(self) -> int:
@@ -116,8 +103,7 @@ class FatTree:
 
     def paths(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
         """The links from each source node to its destination node, in order: n x 4, -1 where there are fewer."""
-        edge_from, edge_to = source // self.edge_down, destination // self.edge_down
-        core = (destination if self.routing == "node" else edge_to) % self.edge_up
+        edge_from, edge_to, core = source // self.edge_down, destination // self.edge_down, destination % self.edge_up
         first_up = 3 * self.nodes
         first_down = first_up + self.edges * self.edge_up
         up, down = first_up + edge_from * self.edge_up + core, first_down + edge_to * self.edge_up + core
@@ -138,8 +124,6 @@ class FatTree:
         number, core = divmod(link - 3 * self.nodes, self.edge_up)
         way, edge = divmod(number, self.edges)
         return f"edge {edge} {('up', 'down')[way]} {core}"
-
-    # -- placements -------------------------------------------------------------------------------------------
 
     def in_order(self, ranks: int, ranks_per_node: int = 1) -> np.ndarray:
         """The node of each rank when nodes are filled one after the other, from node 0 on."""
@@ -179,15 +163,17 @@ class FatTree:
 def simulate(
     schedule: Schedule, size_bytes: float, fabric: FatTree, placement: np.ndarray | None = None
 ) -> pd.DataFrame:
-    """Send every step of a schedule through a fabric in which its transfers share links.
+    """Send every step of a schedule through a fat tree in which its transfers share links.
 
-    A step takes the link's alpha, then until its last transfer has arrived and been reduced.  Transfers share links
-    max-min fairly; where none is shared, the sum over all steps is ``schedule.time(size_bytes, fabric.link)``.
+    A step takes the link's alpha, then until its last transfer has arrived and been reduced. Transfers share links
+    fairly; where none is shared, the sum over all steps is ``time(schedule, size_bytes, fabric.link)``.
 
     Parameters
     ----------
     size_bytes
         Size of the array, which is cut into equal chunks.
+    fabric
+        The nodes and their links.
     placement
         The node of each rank, from `FatTree.in_order` (the default), `random`, `scheduled`, or of your own making.
 
@@ -200,30 +186,27 @@ def simulate(
     Raises
     ------
     ValueError
-        A placement that does not give every rank a node of the fabric, or a rank that the schedule does not have.
+        A placement that does not give every rank a node of the fabric, a rank that the schedule does not have, or a
+        step whose transfers differ in their number of chunks, or of which only some are reduced.
     """
     import pandas as pd
 
     if not isinstance(fabric, FatTree):
         raise ValueError(f"fabric must be a FatTree, such as FatTree.of(sites.load('nurion')), not {fabric!r}")
-    chunk_bytes = size(size_bytes) / schedule.chunks
+    chunk_bytes = number(size_bytes, "size_bytes", least=0) / schedule.chunks
     nodes = _nodes(schedule.ranks, fabric, placement)
     # The steps of a ring share their columns, so that only the few different ones need work; an id stays what it is
     # because the schedule keeps its columns.
-    kinds: dict[tuple[int, ...], int] = {}
-    rows: list[tuple[float, str, int]] = []
-    kind_of = np.empty(len(schedule.steps), int)
-    for number, step in enumerate(schedule.steps):
+    kinds: dict[tuple[int, ...], tuple[float, str, int]] = {}
+    rows = []
+    for number_of_step, step in enumerate(schedule.steps):
         key = id(step.source), id(step.destination), id(step.count), id(step.reduce)
         if key not in kinds:
-            kinds[key] = len(rows)
-            _require_ranks(number, step, schedule.ranks)
-            rows.append(_simulate_step(step, chunk_bytes, fabric, nodes))
-        kind_of[number] = kinds[key]
-    columns = list(zip(*rows, strict=True)) or [(), (), ()]
-    types = zip(("time_s", "busiest_link", "flows"), (float, object, int), columns, strict=True)
-    table = {name: np.array(values, dtype)[kind_of] for name, dtype, values in types}
-    return pd.DataFrame({"step": np.arange(len(kind_of)), **table})
+            _require_simple(number_of_step, step, schedule.ranks)
+            kinds[key] = _simulate_step(step, chunk_bytes, fabric, nodes)
+        rows.append((number_of_step, *kinds[key]))
+    types = {"step": int, "time_s": float, "busiest_link": object, "flows": int}
+    return pd.DataFrame(rows, columns=list(types)).astype(types)
 
 
 def _simulate_step(step: Step, chunk_bytes: float, fabric: FatTree, nodes: np.ndarray) -> tuple[float, str, int]:
@@ -231,76 +214,15 @@ def _simulate_step(step: Step, chunk_bytes: float, fabric: FatTree, nodes: np.nd
     if not len(step):
         return 0.0, "", 0
     paths = fabric.paths(nodes[step.source], nodes[step.destination])
-    used = paths >= 0
-    chunks = np.bincount(paths[used], np.broadcast_to(step.count[:, None], paths.shape)[used])
-    seconds = chunks * fabric.seconds_per_byte[: len(chunks)] * chunk_bytes
-    # Compared as if a chunk had a byte, because an empty array has a busiest link, too.
-    busiest = int(np.argmax(chunks * fabric.seconds_per_byte[: len(chunks)]))
-    reducing = step.count * step.reduce * chunk_bytes * fabric.link.gamma_s_per_byte
-    if np.ptp(step.count) == 0 and step.reduce.all() == step.reduce.any():
-        # Transfers of one size are all done when the busiest link is.  Filling all links evenly, the first to be full
-        # is the one with the least bandwidth per transfer, which is the busiest: its n transfers get 1/n of it each,
-        # and nobody gets less.  As others finish, loads only fall, so this stays so until those n finish together.
-        done = seconds[busiest] + reducing[0]
-    else:
-        finish = fair_finish_times(paths, step.count * chunk_bytes, 1 / fabric.seconds_per_byte)
-        done = np.max(finish + reducing)
-    return fabric.link.alpha_s + float(done), fabric.link_name(busiest), int(np.count_nonzero(paths == busiest))
-
-
-def fair_finish_times(paths: np.ndarray, sizes: np.ndarray, capacities: np.ndarray) -> np.ndarray:
-    """When each of several flows is done that start together and share links max-min fairly.
-
-    Max-min fair: nobody's rate could be raised without lowering that of someone who has no more (Bertsekas and
-    Gallager 1992, section 6.5).  Whenever a flow is done, the others share anew.
-
-    Parameters
-    ----------
-    paths
-        Flows x most links of a flow: the links that each flow crosses, each once; -1 for none.
-    sizes
-        Bytes of each flow; an empty flow, or one that crosses no link, is done at once.
-    capacities
-        Bytes per second of each link, above 0.
-
-    Returns
-    -------
-    ndarray
-        Seconds, by flow.
-    """
-    left = np.array(sizes, float)
-    finish = np.zeros(len(left))
-    flows = np.flatnonzero((left > 0) & (paths >= 0).any(axis=1))
-    now = 0.0
-    while len(flows):
-        rates = _fair_rates(paths[flows], capacities)
-        needed = left[flows] / rates
-        now += needed.min()
-        done = needed <= needed.min() * _SAME
-        finish[flows[done]] = now
-        left[flows] -= rates * needed.min()
-        flows = flows[~done]
-    return finish
-
-
-def _fair_rates(paths: np.ndarray, capacities: np.ndarray) -> np.ndarray:
-    """Bytes per second of each flow: raise all rates together; where a link is full, its flows stay as they are."""
-    used = paths >= 0
-    links, inverse = np.unique(paths[used], return_inverse=True)
-    index = np.full(paths.shape, len(links))  # one more link that is never full stands for none
-    index[used] = inverse
-    free = np.append(capacities[links], np.inf)
-    rates = np.zeros(len(paths))
-    rising = np.arange(len(paths))
-    while len(rising):
-        load = np.bincount(index[rising].ravel(), minlength=len(free))
-        share = np.divide(free, load, out=np.full(len(free), np.inf), where=load > 0)
-        rate = share.min()
-        stops = (share <= rate * _SAME)[index[rising]].any(axis=1)
-        rates[rising[stops]] = rate
-        free -= rate * np.bincount(index[rising[stops]].ravel(), minlength=len(free))
-        rising = rising[~stops]
-    return rates
+    flows = np.bincount(paths[paths >= 0])
+    seconds_per_byte = flows * fabric.seconds_per_byte[: len(flows)]
+    busiest = int(np.argmax(seconds_per_byte))
+    # Transfers of one size are all done when the busiest link is. Filling all links evenly, the first to be full is the
+    # one with the least bandwidth per transfer, which is the busiest: its n transfers get 1/n of it each, and nobody
+    # gets less. As others finish, loads only fall, so this stays so until those n finish together.
+    beta_s_per_byte = seconds_per_byte[busiest] + step.reduce[0] * fabric.link.gamma_s_per_byte
+    done_s = fabric.link.alpha_s + step.count[0] * chunk_bytes * beta_s_per_byte
+    return float(done_s), fabric.link_name(busiest), int(flows[busiest])
 
 
 def _nodes(ranks: int, fabric: FatTree, placement: np.ndarray | None) -> np.ndarray:
@@ -320,7 +242,12 @@ def _nodes(ranks: int, fabric: FatTree, placement: np.ndarray | None) -> np.ndar
     return nodes.astype(int)
 
 
-def _require_ranks(number: int, step: Step, ranks: int) -> None:
+def _require_simple(number_of_step: int, step: Step, ranks: int) -> None:
     for column in (step.source, step.destination):
         if len(column) and not 0 <= column.min() <= column.max() < ranks:
-            raise ScheduleError(f"step {number} names a rank that is not among 0 to {ranks - 1}")
+            raise ScheduleError(f"step {number_of_step} names a rank that is not among 0 to {ranks - 1}")
+    if len(step) and (np.ptp(step.count) or np.ptp(step.reduce.astype(int))):
+        raise ScheduleError(
+            f"step {number_of_step} mixes transfers of different lengths, or reductions and copies, which the "
+            "simulation does not follow: put each kind into a step of its own"
+        )

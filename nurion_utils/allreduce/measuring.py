@@ -1,56 +1,87 @@
-"""Measure schedules against each other and against MPI's own allreduce, fit their costs, predict other sizes."""
+"""Measure schedules against each other and against MPI's own allreduce, on ranks of one machine or in a network lab.
+
+The contenders take turns; `fit` and `predict` make costs of the times.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nurion_utils._checks import require_columns, whole_number
-from nurion_utils.allreduce.schedule import Link, Schedule, size
+from nurion_utils import timing
+from nurion_utils._checks import whole_number
+from nurion_utils.allreduce.algorithms import ALGORITHMS
+from nurion_utils.allreduce.checking import check
+from nurion_utils.allreduce.cost import Link, time
+from nurion_utils.allreduce.schedule import Schedule
 
 if TYPE_CHECKING:
     import pandas as pd
-    from mpi4py import MPI
 
     from nurion_utils.ranks import World
+    from nurion_utils.ranks.launchers.lab import Lab
 
 BLOCK_S = 0.004  # short allreduces are repeated until a block of them can be timed
 MOST_CALLS = 300
+PATIENCE = 10  # in the lab, where a naive allreduce of the same size is the unit
 
 
-def measure(
-    world: World, contenders: Mapping[str, Schedule | None], sizes_bytes: Sequence[int], repeats: int = 5
+def measure_allreduce(
+    group: World | Lab, contenders: Mapping[str, Schedule | None], sizes_bytes: Sequence[int], repeats: int = 5
 ) -> pd.DataFrame:
-    """Time allreduces of float32 arrays on the ranks of `world`, the contenders in turn.
+    """Time allreduces of float32 arrays on all ranks, after the result of each contender has been checked.
 
     Parameters
     ----------
+    group
+        The ranks of this machine, or those of a network lab, whose links carry everything.
     contenders
-        Schedules by name; None stands for MPI's own Allreduce, in place as well.
+        Schedules by name; None stands for MPI's own Allreduce, in place as well. They take turns in each repeat.
     sizes_bytes
-        Lengths of the array in bytes, multiples of 4.
+        Lengths of the array, multiples of 4.
+    repeats
+        Blocks of each contender and size.
 
     Returns
     -------
     pandas.DataFrame
-        One row per block: contender, ranks, size_bytes, repeat, time_s (of one allreduce on the slowest rank).
+        One row per block: ``contender, ranks, size_bytes, repeat``, and ``time_s``, of one allreduce on the slowest
+        rank. In a lab, where a block is a single allreduce, also ``rate_mbit``;
+        ``theory_s``, the schedule's time on these links were there no latency (NaN for MPI's own);
+        ``bytes_sent``, by all ranks together, as the schedule says (NaN for MPI's own);
+        ``wire_bytes``, what the hosts' interfaces counted as sent: headers, acknowledgements and the few small
+        messages with which the ranks meet come on top.
+
+    Raises
+    ------
+    ValueError
+        A contender or a size is not possible; nothing ran.
+    RankError
+        A rank raised or died, or a contender gave a wrong sum.
     """
     import pandas as pd
 
-    require(contenders, world.n, sizes_bytes, repeats)
+    _require(contenders, group.n, sizes_bytes, repeats)
+    arguments = dict(contenders), list(sizes_bytes), repeats
+    rate_mbit = getattr(group, "rate_mbit", None)
+    if rate_mbit is None:
+        return pd.DataFrame(group.run(_observe, *arguments, BLOCK_S)[0]).drop(columns="wire_bytes")
+    link = Link(0.0, 8e-6 / rate_mbit)
+    naive_s = 2 * group.n * sum(sizes_bytes) * link.beta_s_per_byte
+    timeout_s = 60 + PATIENCE * len(contenders) * (repeats + 1) * naive_s
+    table = pd.DataFrame(group.run(_observe, *arguments, 0.0, timeout_s=timeout_s)[0])
+    table.insert(2, "rate_mbit", rate_mbit)
+    pairs = [(contenders[row.contender], row.size_bytes) for row in table.itertuples()]
+    table.insert(6, "theory_s", [time(s, size, link) if s else np.nan for s, size in pairs])
+    sent = [sum(s.bytes_sent(rank, size, 4) for rank in range(group.n)) if s else np.nan for s, size in pairs]
+    table.insert(7, "bytes_sent", sent)
+    return table
 
-    def on_rank(*arguments: Any) -> list[dict]:
-        from mpi4py import MPI
 
-        return observe(MPI.COMM_WORLD, *arguments)
-
-    return pd.DataFrame(world.run(on_rank, dict(contenders), list(sizes_bytes), repeats)[0])
-
-
-def require(contenders: Any, n_ranks: int, sizes_bytes: Any, repeats: Any) -> None:
+def _require(contenders: Any, n_ranks: int, sizes_bytes: Any, repeats: Any) -> None:
     """Refuse what cannot be measured, before any rank is asked to."""
     if not isinstance(contenders, Mapping) or not contenders:
         raise ValueError('contenders are a dictionary such as {"ring": allreduce.ring(4), "native": None}')
@@ -60,7 +91,7 @@ def require(contenders: Any, n_ranks: int, sizes_bytes: Any, repeats: Any) -> No
         if schedule is not None and schedule.ranks != n_ranks:
             raise ValueError(f"contender {name!r} is for {schedule.ranks} ranks, and there are {n_ranks}")
         if schedule is not None:
-            schedule.check()
+            check(schedule)
     if isinstance(sizes_bytes, str) or not isinstance(sizes_bytes, Sequence) or not len(sizes_bytes):
         raise ValueError(f"sizes_bytes must be a list of lengths in bytes, not {sizes_bytes!r}")
     for each in sizes_bytes:
@@ -69,77 +100,55 @@ def require(contenders: Any, n_ranks: int, sizes_bytes: Any, repeats: Any) -> No
     whole_number(repeats, "repeats")
 
 
-def observe(
-    comm: MPI.Comm, contenders: Mapping[str, Schedule | None], sizes_bytes: Sequence[int], repeats: int
-) -> list[dict]:
-    """The part of `measure` that every rank of `comm` runs; the rows are the same on all of them."""
+def _observe(
+    contenders: dict[str, Schedule | None], sizes_bytes: list[int], repeats: int, block_s: float
+) -> list[dict[str, Any]]:
+    """The part that every rank runs; the rows are the same on all of them."""
     from mpi4py import MPI
 
-    rows = []
+    from nurion_utils.allreduce.running import run
+
+    comm, rows = MPI.COMM_WORLD, []
+    timing.block(comm, int)  # opens the connections that a block needs, whose bytes are not the contenders'
     for size_bytes in sizes_bytes:
-        numbers = [np.arange(size_bytes // 4) % 7 + rank for rank in (0, comm.rank)]
-        expected = (comm.size * numbers[0] + sum(range(comm.size))).astype(np.float32)
-        array, calls = np.empty(size_bytes // 4, np.float32), {}
-
-        def block(schedule: Schedule | None, calls: int, array: np.ndarray = array) -> float:
-            comm.Barrier()
-            begin_s = time.perf_counter()
-            for _ in range(calls):
-                if schedule is None:
-                    comm.Allreduce(MPI.IN_PLACE, array)
-                else:
-                    schedule.run(comm, array)
-            return comm.allreduce(time.perf_counter() - begin_s, op=MPI.MAX) / calls
-
+        mine, total = timing.exact_arrays(size_bytes, comm.rank, comm.size)
+        array, calls, n_calls = mine.copy(), {}, {}
         for name, schedule in contenders.items():
-            array[:] = numbers[1]
-            block(schedule, 1)
-            if not np.array_equal(array, expected):  # small integers: exact in float32, in whatever order
-                raise RuntimeError(f"{name} on {comm.size} ranks gives a wrong sum of {size_bytes} bytes")
+            native = partial(comm.Allreduce, MPI.IN_PLACE, array)
+            calls[name] = call = native if schedule is None else partial(run, schedule, comm, array)
+            array[:] = mine
+            call()
+            if wrong := np.count_nonzero(array != total):
+                raise ArithmeticError(f"{name} gave a wrong sum in {wrong} of {array.size} elements")
             array[:] = 0
-            calls[name] = int(np.clip(BLOCK_S / block(schedule, 1), 1, MOST_CALLS))
-        for repeat in range(repeats):
-            for name, schedule in contenders.items():
-                time_s = block(schedule, calls[name])
-                key = {"contender": name, "ranks": comm.size, "size_bytes": size_bytes}
-                rows.append({**key, "repeat": repeat, "time_s": time_s})
+            n_calls[name] = timing.calls_in(comm, call, block_s, MOST_CALLS) if block_s else 1
+        for repeat, name in timing.turns(list(contenders), repeats):
+            before = _wire_bytes()
+            time_s = timing.block(comm, calls[name], n_calls[name])
+            wire_bytes = comm.allreduce(_wire_bytes() - before)
+            key = {"contender": name, "ranks": comm.size, "size_bytes": size_bytes, "repeat": repeat}
+            rows.append({**key, "time_s": time_s, "wire_bytes": wire_bytes})
     return rows
 
 
-def fit(table: pd.DataFrame, contenders: Mapping[str, Schedule | None]) -> dict[str, Link]:
-    """Each contender's alpha and beta from measured times, by least squares of the relative errors.
+def _wire_bytes() -> int:
+    """What this host's interface counts as sent; 0 where there is none."""
+    import psutil
 
-    A time is taken to be ``steps * alpha + size * volume * beta``, with the steps and the volume (the part of the
-    array that is under way, summed over the steps) of the contender's schedule.  What reducing costs is in beta.
-    MPI's own allreduce, None, counts as one step and one volume.
-    """
-    from scipy.optimize import nnls
-
-    require_columns(table, ["contender", "size_bytes", "time_s"])
-    links = {}
-    for name, schedule in contenders.items():
-        rows = table[table["contender"] == name]
-        if "ranks" in table and schedule is not None:
-            rows = rows[rows["ranks"] == schedule.ranks]
-        elif "ranks" in table and rows["ranks"].nunique() > 1:
-            raise ValueError(f"the rows of {name!r} are of several numbers of ranks; choose those of one")
-        times = rows.groupby("size_bytes")["time_s"].median()
-        if len(times) < 2:
-            raise ValueError(f"a fit needs two sizes or more, and the table has {len(times)} of contender {name!r}")
-        if schedule is not None and not schedule.steps or not (times > 0).all():
-            raise ValueError(f"a fit needs steps and times above 0, which contender {name!r} has not")
-        terms = np.array([[1.0, n] for n in times.index]) * _terms(schedule)
-        scale = terms.max(axis=0)  # or the two columns differ by so much that nnls gives one up
-        solution, _ = nnls(terms / scale / times.to_numpy()[:, None], np.ones(len(times)))
-        links[name] = Link(*map(float, solution / scale))
-    return links
+    interface = psutil.net_io_counters(pernic=True, nowrap=False).get("eth0")
+    return interface.bytes_sent if interface else 0
 
 
-def predict(link: Link, schedule: Schedule | None, size_bytes: float) -> float:
-    """Seconds, by the model that `fit` fits."""
-    steps, volume = _terms(schedule)
-    return steps * link.alpha_s + size(size_bytes) * volume * link.beta_s_per_byte
+def record_lab() -> pd.DataFrame:
+    """What ``data/network_lab.csv`` holds, but for its source."""
+    import pandas as pd
 
+    from nurion_utils.ranks.launchers import lab
 
-def _terms(schedule: Schedule | None) -> tuple[float, float]:
-    return (1.0, 1.0) if schedule is None else (schedule.time(0, Link(1, 0)), schedule.time(1, Link(0, 1)))
+    sizes = [2**10, 2**12, 2**14, 2**16, 2**18, 2**20, 4 * 10**6, 16 * 10**6]
+    tables = []
+    for ranks in (2, 4, 8):
+        with lab.start(ranks, rate_mbit=100) as network:
+            contenders = {name: make(ranks) for name, make in ALGORITHMS.items()} | {"native": None}
+            tables.append(measure_allreduce(network, contenders, sizes, repeats=3))
+    return pd.concat(tables, ignore_index=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from nurion_utils.allreduce.checking import check
 from nurion_utils.allreduce.schedule import Schedule
 
 OPERATIONS = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.multiply, "mean": np.add}
@@ -122,9 +123,9 @@ def _problem(comm: MPI.Comm, schedule: Schedule, array: Any, op: Any) -> str:
     if not isinstance(op, str) or op not in OPERATIONS:
         return f"op must be one of {', '.join(OPERATIONS)}, not {op!r}"
     if op == "mean" and array.dtype.kind == "i":
-        return f"the mean of integers is no {array.dtype}; pass floating-point numbers, or op='sum'"
+        return f"the mean of integers is not of {array.dtype}; pass floating-point numbers, or op='sum'"
     try:
-        schedule.check()
+        check(schedule)
     except ValueError as error:
         return f"{schedule!r} is broken: {error}"
     return ""
@@ -141,7 +142,7 @@ def _explain(comm: MPI.Comm, problem: str, schedule: Schedule, array: Any, op: A
 
 
 class CountingComm(MPI.Intracomm):
-    """A communicator that counts what `Schedule.run` sends through it: messages, and bytes in them."""
+    """A communicator that counts what `run` sends through it: messages, and bytes in them."""
 
     def __init__(self, comm: MPI.Intracomm):
         self.messages = self.bytes_sent = 0

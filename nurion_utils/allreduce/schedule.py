@@ -1,30 +1,21 @@
 """A schedule: who sends which part of the array to whom, in which step, written once as data.
 
-Everything else reads it: `Schedule.run` carries it out on MPI ranks, `messages` and `bytes_sent` count it, `time`
-costs it, `simulate` sends it through a fabric, `draw` and `animate` show it, `check` proves it right or wrong.
+Everything else reads it, and a schedule knows none of its readers: `run` carries it out on MPI ranks, `time` costs it,
+`simulate` sends it through a fat tree, `draw` and `animate` show it, `check` proves it right or wrong.
 """
 
 from __future__ import annotations
 
-import math
-import zlib
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from nurion_utils._checks import whole_number
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.animation import FuncAnimation
-    from matplotlib.figure import Figure
-    from mpi4py import MPI
-
-    from nurion_utils.allreduce.fattree import FatTree
 
 
 class Transfer(NamedTuple):
@@ -106,20 +97,6 @@ class Action(NamedTuple):
     reduce: bool
 
 
-@dataclass(frozen=True)
-class Link:
-    """What a message costs: ``alpha_s + n * beta_s_per_byte``, and ``n * gamma_s_per_byte`` to reduce its n bytes."""
-
-    alpha_s: float
-    beta_s_per_byte: float
-    gamma_s_per_byte: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not (isinstance(value, int | float | np.number) and math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a number from 0 up, not {value!r}")
-
-
 class ScheduleError(ValueError):
     """A schedule that would not compute the allreduce; the message says at which step, rank and chunk, and why."""
 
@@ -128,7 +105,7 @@ class ScheduleError(ValueError):
 class Schedule:
     """An allreduce of an array, cut into `chunks` nearly equal parts, over `ranks` ranks.
 
-    Two schedules are equal when their steps are, whatever they are called.  Chunk c of an array of n elements is
+    Two schedules are equal when their steps are, whatever they are called. Chunk c of an array of n elements is
     ``array[c * n // chunks : (c + 1) * n // chunks]``, so every length works; chunks may be empty.
     """
 
@@ -147,7 +124,7 @@ class Schedule:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Schedule):
             return NotImplemented
-        return (self.ranks, self.chunks, self.steps) == (other.ranks, other.chunks, other.steps)
+        return self.fingerprint == other.fingerprint
 
     def __hash__(self) -> int:
         return self.fingerprint
@@ -162,21 +139,18 @@ class Schedule:
 
     @cached_property
     def fingerprint(self) -> int:
-        """A number that differs between schedules, so that ranks can find out whether they follow the same one."""
-        number = zlib.crc32(repr((self.ranks, self.chunks)).encode())
+        """A number that schedules share if they are equal, so that ranks can find out whether they follow the same."""
+        digest = hashlib.blake2b(repr((self.ranks, self.chunks)).encode(), digest_size=16)
         for step in self.steps:  # equal steps give equal rows, in whatever order their transfers were written
             rows = np.array([step.source, step.destination, step.chunk, step.count, step.reduce], np.int64)
-            rows = rows[:, np.lexsort(rows)]
-            number = zlib.crc32(rows.tobytes(), zlib.crc32(repr(len(step)).encode(), number))
-        return number
-
-    # -- counting ---------------------------------------------------------------------------------------------
+            digest.update(repr(len(step)).encode())
+            digest.update(rows[:, np.lexsort(rows)].tobytes())
+        return int.from_bytes(digest.digest())
 
     def actions(self, rank: int) -> tuple[Action, ...]:
         """What `rank` does, step by step; steps in which it has nothing to do are left out."""
         if rank not in self._actions:
-            if isinstance(rank, bool) or rank not in range(self.ranks):
-                raise ValueError(f"this schedule has ranks 0 to {self.ranks - 1}, not {rank!r}")
+            rank = whole_number(rank, "rank", least=0, most=self.ranks - 1)
             self._actions[rank] = tuple(self._find_actions(rank))
         return self._actions[rank]
 
@@ -212,31 +186,13 @@ class Schedule:
         """
         itemsize, size_bytes = whole_number(itemsize, "itemsize"), whole_number(size_bytes, "size_bytes", least=0)
         if size_bytes % itemsize:
-            raise ValueError(f"{size_bytes} bytes are no whole number of elements of {itemsize} bytes")
+            raise ValueError(f"size_bytes must be a multiple of the {itemsize} bytes of an element, not {size_bytes}")
         n = size_bytes // itemsize
         sent = (action.send for action in self.actions(rank))
         return itemsize * sum(stop * n // self.chunks - start * n // self.chunks for start, stop in sent)
 
-    # -- costing ----------------------------------------------------------------------------------------------
-
-    def time(self, size_bytes: float, link: Link) -> float:
-        """Seconds on links that nobody shares: the sum over all steps of the slowest transfer in each.
-
-        The alpha-beta-gamma model (Thakur, Rabenseifner, Gropp 2005); reduces after receiving, and cuts the array
-        into equal chunks.
-        """
-        n = size(size_bytes)
-        if not isinstance(link, Link):
-            raise ValueError(f"link must be a Link(alpha_s, beta_s_per_byte), not {link!r}")
-
-        def slowest(transfers: frozenset[tuple[float, bool]]) -> float:
-            rates = (share * (link.beta_s_per_byte + reduce * link.gamma_s_per_byte) for share, reduce in transfers)
-            return link.alpha_s + n * max(rates)
-
-        return math.fsum(steps * slowest(transfers) for transfers, steps in self._kinds_of_step.items())
-
     @cached_property
-    def _kinds_of_step(self) -> Counter[frozenset[tuple[float, bool]]]:
+    def kinds_of_step(self) -> Counter[frozenset[tuple[float, bool]]]:
         """How many steps there are with the same shares of the array under way, reduced or copied."""
         kinds = {}  # steps of a ring share their columns, so there are few of them to look at
         found = Counter()
@@ -246,44 +202,3 @@ class Schedule:
                 kinds[key] = frozenset({(count / self.chunks, reduce) for *_, count, reduce in step})
             found[kinds[key]] += 1
         return found
-
-    def simulate(self, size_bytes: float, fabric: FatTree, placement: np.ndarray | None = None) -> pd.DataFrame:
-        """Send every step through a fabric with shared links; see `fabric.simulate`."""
-        from nurion_utils.allreduce.fattree import simulate
-
-        return simulate(self, size_bytes, fabric, placement)
-
-    # -- the other readers ------------------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Prove that every rank ends with every contribution exactly once; see `checking.check`."""
-        if "_checked" not in vars(self):
-            from nurion_utils.allreduce.checking import check
-
-            check(self)
-            vars(self)["_checked"] = True  # a schedule never changes
-
-    def run(self, comm: MPI.Comm, array: np.ndarray, op: str = "sum", trace: list[dict] | None = None) -> None:
-        """Carry it out in place on the ranks of `comm`; see `running.run`."""
-        from nurion_utils.allreduce.running import run
-
-        run(self, comm, array, op, trace)
-
-    def draw(self) -> Figure:
-        """Who holds what after each step; see `drawing.draw`."""
-        from nurion_utils.allreduce.draw import draw
-
-        return draw(self)
-
-    def animate(self) -> FuncAnimation:
-        """The same as a moving picture; see `drawing.animate`."""
-        from nurion_utils.allreduce.draw import animate
-
-        return animate(self)
-
-
-def size(size_bytes: Any) -> float:
-    number = isinstance(size_bytes, int | float | np.number) and not isinstance(size_bytes, bool)
-    if not (number and 0 <= size_bytes < 1e18):
-        raise ValueError(f"size_bytes must be a number of bytes from 0 up, not {size_bytes!r}")
-    return float(size_bytes)

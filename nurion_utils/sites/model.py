@@ -111,20 +111,21 @@ class Performance(Part):
 
 
 class Fabric(Part):
-    """The network between nodes; a two-level fat tree unless ``topology`` says otherwise."""
+    """The network between nodes: a ``topology`` such as "fat tree" or "dragonfly", and the figures that are known."""
 
     name: str
     topology: str
-    edge_switches: int = Field(gt=0)
-    edge_ports: int = Field(gt=0)
-    edge_down: int = Field(gt=0)
-    edge_up: int = Field(gt=0)
-    directors: int = Field(gt=0)
-    director_ports: int = Field(gt=0)
-    blocking_percent: float = Field(ge=0, lt=100)
-    link_gb_per_s: float = Field(gt=0)
-    latency_us: float = Field(gt=0)
-    switch_latency_ns: float = Field(gt=0)
+    link_gb_per_s: float | None = Field(None, gt=0)
+    latency_us: float | None = Field(None, gt=0)
+    switch_latency_ns: float | None = Field(None, gt=0)
+    # What only a fat tree has.
+    edge_switches: int | None = Field(None, gt=0)
+    edge_ports: int | None = Field(None, gt=0)
+    edge_down: int | None = Field(None, gt=0)
+    edge_up: int | None = Field(None, gt=0)
+    directors: int | None = Field(None, gt=0)
+    director_ports: int | None = Field(None, gt=0)
+    blocking_percent: float | None = Field(None, ge=0, lt=100)
 
 
 class FileSystem(Part):

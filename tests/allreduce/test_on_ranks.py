@@ -9,7 +9,7 @@ import pytest
 from mpi4py import MPI
 
 from nurion_utils import allreduce, ranks
-from nurion_utils.allreduce import draw, measuring, running
+from nurion_utils.allreduce import running
 from nurion_utils.allreduce import shared as shared_memory
 
 OPS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN, "prod": MPI.PROD, "mean": MPI.SUM}
@@ -24,8 +24,7 @@ def world5() -> Iterator[ranks.World]:
 
 
 def algorithms(n: int) -> list[allreduce.Schedule]:
-    make = [allreduce.naive, allreduce.tree, allreduce.ring, allreduce.recursive_doubling, allreduce.rabenseifner]
-    return [*(each(n) for each in make), allreduce.hierarchical(n, 2)]
+    return [*(make(n) for make in allreduce.ALGORITHMS.values()), allreduce.hierarchical(n, 2)]
 
 
 def each_group(body) -> list:
@@ -57,7 +56,7 @@ def differences(comm: MPI.Comm) -> list[str]:
                 with allreduce.SharedArray(comm, n, dtype) as shared:
                     for schedule in algorithms(comm.size):
                         result = array.copy()
-                        schedule.run(comm, result, op)
+                        allreduce.run(schedule, comm, result, op)
                         if not (abs(result - exact) <= bound).all():
                             found.append(f"{schedule} {n} {dtype} {op}")
                         if comm.allgather(result.tobytes()) != [result.tobytes()] * comm.size:
@@ -79,7 +78,7 @@ def test_what_is_really_sent_is_what_the_schedule_counts(world5: ranks.World):
             for n in (0, 1, 1001):
                 counting = running.CountingComm(comm)
                 trace: list[dict] = []
-                schedule.run(counting, np.zeros(n), trace=trace)
+                allreduce.run(schedule, counting, np.zeros(n), trace=trace)
                 expected = schedule.messages(comm.rank), schedule.bytes_sent(comm.rank, 8 * n, itemsize=8)
                 if (counting.messages, counting.bytes_sent) != expected:
                     return False
@@ -93,7 +92,7 @@ def test_what_is_really_sent_is_what_the_schedule_counts(world5: ranks.World):
 def test_arrays_of_any_shape_are_reduced_in_place(world2: ranks.World):
     def cube() -> float:
         array = np.ones((2, 3, 4), "float32")
-        allreduce.ring(2).run(MPI.COMM_WORLD, array)
+        allreduce.run(allreduce.ring(2), MPI.COMM_WORLD, array)
         return array.sum(), array.shape
 
     assert world2.run(cube, timeout_s=TIMEOUT_S) == [(48, (2, 3, 4))] * 2
@@ -114,8 +113,6 @@ def test_one_allreduce_after_the_other_in_shared_memory_does_not_mix_them_up(wor
     assert all(world5.run(many, timeout_s=TIMEOUT_S))
 
 
-# -- refusals: on all ranks, and none of them hangs -----------------------------------------------------------
-
 BAD = {
     "dtype": (lambda rank: np.zeros(4, complex if rank == 1 else float), {}, "rank 1: the array must be of float16"),
     "list": (lambda rank: [0.0] * 4, {}, "rank 0: a numpy array is needed, not list; rank 1: a numpy array"),
@@ -126,7 +123,7 @@ BAD = {
     "length": (lambda rank: np.zeros(4 + rank), {}, "rank 0: 4 x float64, sum, <ring.*; rank 1: 5 x float64"),
     "types": (lambda rank: np.zeros(4, ["f4", "f8"][rank]), {}, "rank 0: 4 x float32.*; rank 1: 4 x float64"),
     "op": (lambda rank: np.zeros(4), {"op": "median"}, "op must be one of sum, max, min, prod, mean, not 'median'"),
-    "mean": (lambda rank: np.zeros(4, int), {"op": "mean"}, "the mean of integers is no int64"),
+    "mean": (lambda rank: np.zeros(4, int), {"op": "mean"}, "the mean of integers is not of int64"),
     "ranks": (lambda rank: np.zeros(4), {"n": 3}, "<ring on 3 ranks.*> cannot run on the 2 ranks"),
     "schedule": (lambda rank: np.zeros(4), {"differ": True}, "same length, dtype, op and schedule.*naive"),
 }
@@ -142,7 +139,7 @@ def test_what_cannot_be_reduced_is_refused_on_every_rank(world2: ranks.World, wh
         if "differ" in options and comm.rank:
             schedule = allreduce.naive(2)
         try:
-            schedule.run(comm, make(comm.rank), options.get("op", "sum"), options.get("trace"))
+            allreduce.run(schedule, comm, make(comm.rank), options.get("op", "sum"), options.get("trace"))
         except ValueError as error:
             return str(error)
 
@@ -160,7 +157,7 @@ def test_an_overflow_that_one_rank_takes_for_an_error_leaves_nobody_waiting(worl
             array = np.full(4, 6e4, "float16")
             shared.array[:] = array
             shared.allreduce(ring)
-            ring.run(comm, array)
+            allreduce.run(ring, comm, array)
             return [float(array[0]), float(shared.array[0])]
 
     assert world2.run(overflow, timeout_s=TIMEOUT_S) == [[np.inf, np.inf]] * 2
@@ -199,7 +196,7 @@ def test_a_broken_schedule_is_refused_before_it_can_hang(world2: ranks.World):
     def attempt() -> str:
         send = allreduce.Step.of([allreduce.Transfer(0, 1, 0)])
         try:
-            allreduce.Schedule("half", 2, 1, (send,)).run(MPI.COMM_WORLD, np.zeros(4))
+            allreduce.run(allreduce.Schedule("half", 2, 1, (send,)), MPI.COMM_WORLD, np.zeros(4))
         except ValueError as error:
             return str(error)
 
@@ -222,12 +219,9 @@ def test_shared_arrays_that_cannot_be_are_refused_on_every_rank(world2: ranks.Wo
     assert all(message in text for text in world2.run(attempt, timeout_s=TIMEOUT_S))
 
 
-# -- measuring ------------------------------------------------------------------------------------------------
-
-
 def test_measured_times_come_as_one_row_per_block(world2: ranks.World):
     contenders = {"ring": allreduce.ring(2), "native": None}
-    table = measuring.measure(world2, contenders, [1024, 4096], repeats=3)
+    table = allreduce.measure_allreduce(world2, contenders, [1024, 4096], repeats=3)
     assert list(table) == ["contender", "ranks", "size_bytes", "repeat", "time_s"]
     assert table.groupby(["contender", "size_bytes"])["repeat"].apply(list).tolist() == [[0, 1, 2]] * 4
     assert (table["time_s"] > 0).all()
@@ -245,32 +239,34 @@ def test_measured_times_come_as_one_row_per_block(world2: ranks.World):
 )
 def test_what_cannot_be_measured_is_refused_first(world2: ranks.World, contenders, sizes, message: str):
     with pytest.raises(ValueError, match=message):
-        measuring.measure(world2, contenders, sizes)
+        allreduce.measure_allreduce(world2, contenders, sizes)
 
 
 def test_a_fit_finds_the_costs_that_times_were_made_with():
     contenders = {"ring": allreduce.ring(4), "native": None}
     link = allreduce.Link(3e-6, 2e-10)
     rows = [
-        {"contender": name, "size_bytes": n, "time_s": measuring.predict(link, schedule, n)}
+        {"contender": name, "size_bytes": n, "time_s": allreduce.predict(schedule, n, link)}
         for name, schedule in contenders.items()
         for n in (1e3, 1e5, 1e7)
     ]
-    for found in measuring.fit(pd.DataFrame(rows), contenders).values():
+    for found in allreduce.fit(pd.DataFrame(rows), contenders).values():
         assert (found.alpha_s, found.beta_s_per_byte) == pytest.approx((3e-6, 2e-10), rel=1e-6)
-    assert measuring.predict(link, allreduce.ring(4), 1e6) == pytest.approx(allreduce.ring(4).time(1e6, link))
+    assert allreduce.predict(allreduce.ring(4), 1e6, link) == pytest.approx(
+        allreduce.time(allreduce.ring(4), 1e6, link)
+    )
     with pytest.raises(ValueError, match="two sizes or more, and the table has 0 of contender 'naive'"):
-        measuring.fit(pd.DataFrame(rows), {"naive": allreduce.naive(4)})
+        allreduce.fit(pd.DataFrame(rows), {"naive": allreduce.naive(4)})
 
 
 def test_a_run_s_trace_is_drawn_as_a_timeline_of_all_ranks(world5: ranks.World):
     def traced() -> list[dict]:
         trace: list[dict] = []
-        allreduce.ring(5).run(MPI.COMM_WORLD, np.zeros(100_000), trace=trace)
+        allreduce.run(allreduce.ring(5), MPI.COMM_WORLD, np.zeros(100_000), trace=trace)
         return trace
 
     table = pd.DataFrame([row for rows in world5.run(traced, timeout_s=TIMEOUT_S) for row in rows])
     assert table.groupby("rank")["step"].apply(list).tolist() == [[*range(8)]] * 5
     assert (table["begin_s"] <= table["received_s"]).all() and (table["received_s"] <= table["end_s"]).all()
-    axis = draw.timeline(table).axes[0]
+    axis = allreduce.draw_trace(table).axes[0]
     assert axis.get_xlabel() == "time, ms" and len(axis.patches) == 2 * len(table)

@@ -13,15 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nurion_utils import allreduce
-from nurion_utils.allreduce import Link, Schedule, ScheduleError, Step, Transfer, draw, measuring
+from nurion_utils.allreduce import Link, Schedule, ScheduleError, Step, Transfer, time
 from nurion_utils.allreduce.checking import walk
 
 ALGORITHMS = {
-    "naive": allreduce.naive,
-    "tree": allreduce.tree,
-    "ring": allreduce.ring,
-    "recursive_doubling": allreduce.recursive_doubling,
-    "rabenseifner": allreduce.rabenseifner,
+    **allreduce.ALGORITHMS,
     "hierarchical by 1": lambda ranks: allreduce.hierarchical(ranks, 1),
     "hierarchical by 3": lambda ranks: allreduce.hierarchical(ranks, 3),
     "hierarchical by 4": lambda ranks: allreduce.hierarchical(ranks, 4),
@@ -37,7 +33,7 @@ links = st.builds(Link, costs, costs, costs)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_is_right_for_any_number_of_ranks(algorithm: str):
     for ranks in range(1, 34):
-        ALGORITHMS[algorithm](ranks).check()
+        allreduce.check(ALGORITHMS[algorithm](ranks))
 
 
 @given(few_ranks, sizes)
@@ -73,7 +69,7 @@ def test_the_cost_of_a_ring_is_the_published_formula(ranks: int, n: int, link: L
     a, b, c = dataclasses.astuple(link)
     share = (ranks - 1) / ranks
     expected = 2 * (ranks - 1) * a + 2 * n * share * b + n * share * c
-    assert math.isclose(allreduce.ring(ranks).time(n, link), expected, rel_tol=1e-12)
+    assert math.isclose(time(allreduce.ring(ranks), n, link), expected, rel_tol=1e-12)
 
 
 @given(st.integers(0, 7), sizes, links)
@@ -82,31 +78,28 @@ def test_costs_on_a_power_of_two_ranks_are_the_published_formulas(log2: int, n: 
     share = 1 - 0.5**log2
     doubling = log2 * (a + n * b + n * c)
     halving = 2 * log2 * a + 2 * n * share * b + n * share * c
-    assert math.isclose(allreduce.recursive_doubling(2**log2).time(n, link), doubling, rel_tol=1e-12)
-    assert math.isclose(allreduce.rabenseifner(2**log2).time(n, link), halving, rel_tol=1e-12)
+    assert math.isclose(time(allreduce.recursive_doubling(2**log2), n, link), doubling, rel_tol=1e-12)
+    assert math.isclose(time(allreduce.rabenseifner(2**log2), n, link), halving, rel_tol=1e-12)
 
 
 @given(few_ranks, sizes, links)
 def test_one_message_at_a_time_costs_naive_what_it_must(ranks: int, n: int, link: Link):
     a, b, c = dataclasses.astuple(link)
     expected = 2 * (ranks - 1) * (a + n * b) + (ranks - 1) * n * c
-    assert math.isclose(allreduce.naive(ranks).time(n, link), expected, rel_tol=1e-12)
+    assert math.isclose(time(allreduce.naive(ranks), n, link), expected, rel_tol=1e-12)
 
 
 def test_at_8192_ranks_the_ring_pays_for_its_many_steps():
     link = Link(alpha_s=2e-6, beta_s_per_byte=1 / 8e9)
-    times_ms = [make(8192).time(28.15e6, link) * 1e3 for make in (allreduce.ring, allreduce.rabenseifner)]
+    times_ms = [time(make(8192), 28.15e6, link) * 1e3 for make in (allreduce.ring, allreduce.rabenseifner)]
     assert [round(time_ms, 1) for time_ms in times_ms] == [39.8, 7.1]
 
 
 def test_with_one_rank_there_is_nothing_to_do():
     for make in ALGORITHMS.values():
-        assert (make(1).steps, make(1).messages(0), make(1).bytes_sent(0, 100), make(1).time(1e6, Link(1, 1, 1))) == (
+        assert (make(1).steps, make(1).messages(0), make(1).bytes_sent(0, 100), time(make(1), 1e6, Link(1, 1, 1))) == (
             (), 0, 0, 0,
         )  # fmt: skip
-
-
-# -- broken schedules are found out ---------------------------------------------------------------------------
 
 
 def arrives(schedule: Schedule) -> bool:
@@ -164,10 +157,10 @@ def test_a_mutated_schedule_is_caught(mutant: tuple[str, Schedule]):
     kind, schedule = mutant
     if kind != "any" or not arrives(schedule):  # a change of any kind may happen to do no harm
         with pytest.raises(ScheduleError, match=r"^(step \d+: )?(rank \d|Transfer)"):
-            schedule.check()
+            allreduce.check(schedule)
     else:
         assert list(walk(schedule))  # harmless, and check does not invent a fault
-        schedule.check()
+        allreduce.check(schedule)
 
 
 @pytest.mark.parametrize(
@@ -187,10 +180,7 @@ def test_a_mutated_schedule_is_caught(mutant: tuple[str, Schedule]):
 def test_check_says_what_is_wrong_and_where(steps: list, message: str):
     broken = Schedule("mine", 3, 1, tuple(Step.of([Transfer(*t) for t in step]) for step in steps))
     with pytest.raises(ScheduleError, match=message):
-        broken.check()
-
-
-# -- values ---------------------------------------------------------------------------------------------------
+        allreduce.check(broken)
 
 
 def test_a_ring_written_out_by_hand_equals_the_library_s():
@@ -227,7 +217,7 @@ def test_equal_schedules_have_one_hash_and_only_they_pass_for_the_same_on_ranks(
 
 def test_numbers_from_numpy_are_as_good_as_any():
     ring = allreduce.ring(np.int32(64))
-    ring.check()
+    allreduce.check(ring)
     assert ring == allreduce.ring(64) and ring.bytes_sent(0, np.int32(2**30)) == allreduce.ring(64).bytes_sent(0, 2**30)
     transfer = Transfer(0, 1, np.int8(100), np.int8(100))
     assert Schedule("mine", 2, 200, (Step.of([transfer]),)).actions(0)[0].send == (100, 200)
@@ -255,24 +245,30 @@ def test_a_ring_of_the_whole_machine_takes_little_memory():
         (lambda: allreduce.naive(True), "ranks must be a whole number"),
         (lambda: allreduce.rabenseifner("4"), "ranks must be a whole number"),
         (lambda: allreduce.hierarchical(8, 0), "ranks_per_node must be a whole number from 1 up, not 0"),
-        (lambda: allreduce.ring(4).messages(4), "ranks 0 to 3, not 4"),
-        (lambda: allreduce.ring(4).messages(-1), "ranks 0 to 3, not -1"),
+        (lambda: allreduce.ring(4).messages(4), "rank must be a whole number from 0 to 3, not 4"),
+        (lambda: allreduce.ring(4).messages(-1), "from 0 to 3, not -1"),
         (lambda: allreduce.ring(4).bytes_sent(0, -8), "size_bytes must be a whole number from 0 up"),
-        (lambda: allreduce.ring(4).bytes_sent(0, 10, itemsize=4), "10 bytes are no whole number of elements of 4"),
-        (lambda: allreduce.ring(4).time(-1, Link(1, 1)), "size_bytes must be a number of bytes from 0 up"),
-        (lambda: allreduce.ring(4).time(math.nan, Link(1, 1)), "size_bytes must be a number of bytes"),
-        (lambda: allreduce.ring(4).time(1e6, 12.3), r"link must be a Link\(alpha_s, beta_s_per_byte\), not 12.3"),
-        (lambda: allreduce.ring(4).simulate(1e6, None), "fabric must be a FatTree.* not None"),
+        (
+            lambda: allreduce.ring(4).bytes_sent(0, 10, itemsize=4),
+            "a multiple of the 4 bytes of an element, not 10",
+        ),
+        (lambda: time(allreduce.ring(4), -1, Link(1, 1)), "size_bytes must be a number from 0, not -1"),
+        (lambda: time(allreduce.ring(4), math.nan, Link(1, 1)), "size_bytes must be a number from 0, not nan"),
+        (lambda: time(allreduce.ring(4), 1e6, 12.3), r"link must be a Link\(alpha_s, beta_s_per_byte\), not 12.3"),
+        (lambda: allreduce.simulate(allreduce.ring(4), 1e6, None), "fabric must be a FatTree.* not None"),
         (lambda: Step.of([(0, 1, 0)]), r"a step is made of Transfer\(source, destination, chunk\), not \(0, 1, 0\)"),
         (lambda: Step.of([Transfer(0, 1, 0.5)]), "chunk of a transfer must be a whole number from 0 up, not 0.5"),
         (lambda: Step.of([Transfer(-1, 1, 0)]), "source of a transfer must be a whole number from 0 up, not -1"),
-        (lambda: draw.timeline(pd.DataFrame({"rank": [0]})), "needs the columns rank, step.* lacks step, begin_s"),
-        (lambda: measuring.fit(pd.DataFrame({"ranks": [0]}), {"native": None}), "it lacks contender, size_bytes, time"),
-        (lambda: Link(-1, 0), "alpha_s must be a number from 0 up, not -1"),
+        (
+            lambda: allreduce.draw_trace(pd.DataFrame({"rank": [0]})),
+            "needs the columns rank, .* lacks step, begin_s",
+        ),
+        (lambda: allreduce.fit(pd.DataFrame({"ranks": [0]}), {"native": None}), "it lacks contender, size_bytes, time"),
+        (lambda: Link(-1, 0), "alpha_s must be a number from 0, not -1"),
         (lambda: Schedule("mine", 2, 0, ()), "chunks must be a whole number from 1 up, not 0"),
         (lambda: Schedule("mine", 2, 2, ([Transfer(0, 1, 0)],)), "steps must be made with Step.of"),
-        (lambda: allreduce.ring(40).draw(), "room for 16 ranks and as many chunks, and this is <ring on 40"),
-        (lambda: allreduce.naive(16).draw(), "a drawing has room for 29 steps, and this schedule has 30"),
+        (lambda: allreduce.draw(allreduce.ring(40)), "room for 16 ranks and as many chunks, and this is <ring on 40"),
+        (lambda: allreduce.draw(allreduce.naive(16)), "a drawing has room for 29 steps, and this schedule has 30"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(call, message: str):
@@ -281,11 +277,8 @@ def test_bad_input_is_refused_in_one_sentence(call, message: str):
     assert "\n" not in str(refused.value)
 
 
-# -- pictures -------------------------------------------------------------------------------------------------
-
-
 def test_a_drawing_shows_how_many_contributions_each_chunk_has_after_each_step():
-    figure = allreduce.ring(3).draw()
+    figure = allreduce.draw(allreduce.ring(3))
     panels = [axis for axis in figure.axes if axis.get_title()]
     assert [axis.get_title() for axis in panels] == ["before", *(f"after step {i}" for i in range(4))]
     assert [[int(text.get_text()) for text in axis.texts] for axis in (panels[0], panels[2], panels[-1])] == [
@@ -301,7 +294,7 @@ def test_an_animation_is_a_picture_that_moves_without_a_script():
 
     from PIL import Image
 
-    image = Image.open(io.BytesIO(allreduce.ring(3).animate()._repr_png_()))
+    image = Image.open(io.BytesIO(allreduce.animate(allreduce.ring(3))._repr_png_()))
     frames = []
     for i in range(image.n_frames):
         image.seek(i)

@@ -50,6 +50,15 @@ def test_the_tree_of_the_fabric_is_consistent():
     assert fabric.directors * fabric.director_ports >= fabric.edge_switches * fabric.edge_up
 
 
+def test_a_network_that_is_not_a_fat_tree_needs_no_figures_of_one(tmp_path):
+    lines = [line for line in NURION.splitlines() if not re.match(r"edge_|director|blocking_|switch_lat", line)]
+    text = "\n".join(lines).replace('"fat tree"', '"dragonfly"').replace('"Omni-Path"', '"Aries"')
+    (tmp_path / "mine.toml").write_text(text)
+    fabric = sites.read(tmp_path / "mine.toml").fabric
+    assert (fabric.name, fabric.topology, fabric.latency_us) == ("Aries", "dragonfly", 2.5)
+    assert fabric.edge_down is None and "edge_down" not in fabric.figures
+
+
 @pytest.mark.parametrize("name", sites.names())
 def test_every_figure_names_its_source(name):
     table = sites.load(name).table()
@@ -132,7 +141,7 @@ def test_a_wrong_entry_is_refused_naming_its_section_and_key(tmp_path, entry, mu
         ('status = "derived", source = "48', 'status = "invented", source = "48', "'read', 'remembered'"),
         ("[fabric]", "[fabrik]", "the known ones are: .*fabric"),
         ("edge_up ", "edge_upp ", "edge_upp: no such entry is known here; .*edge_up,"),
-        ("\nedge_up ", "\n# edge_up ", "edge_up: this entry is missing"),
+        ("\ntopology ", "\n# topology ", "topology: this entry is missing"),
         ("[partitions.knl]", "[partition.knl]", "^partition: no such entry"),
         ("clock_ghz             = {", "clock_ghz             = ", "this is not TOML"),
     ],

@@ -17,7 +17,7 @@ _calls: dict[str, Any] = {}
 
 
 def measure(n_ranks: int, size_bytes: int, pairs: int = 9, block_s: float = 0.7) -> pd.DataFrame:
-    """Time one allreduce of float32: "native", "ring" (`Schedule.run`) and "shared" (`SharedArray.allreduce`)."""
+    """Time one allreduce of float32: "native", "ring" (`allreduce.run`) and "shared" (`SharedArray.allreduce`)."""
     with ranks.start(n_ranks, env={"GLIBC_TUNABLES": MALLOC}) as world:
         first_s = dict(world.run(prepare, n_ranks, size_bytes)[0])
         calls = {name: max(1, round(block_s / time_s)) for name, time_s in first_s.items()}
@@ -36,7 +36,7 @@ def prepare(n_ranks: int, size_bytes: int) -> list[tuple[str, float]]:
     array, shared = np.zeros(size_bytes // 4, np.float32), allreduce.SharedArray(comm, size_bytes // 4)
     shared.array[:] = 0
     _calls["native"] = lambda: comm.Allreduce(MPI.IN_PLACE, array)
-    _calls["ring"] = lambda: ring.run(comm, array)
+    _calls["ring"] = lambda: allreduce.run(ring, comm, array)
     _calls["shared"] = lambda: shared.allreduce(ring)
     for name in _calls:
         block(name, 3)

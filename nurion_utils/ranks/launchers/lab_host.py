@@ -26,7 +26,7 @@ TOOLS = {
     **{"unshare": "util-linux", "nsenter": "util-linux", "mount": "mount", "ip": "iproute2", "tc": "iproute2"},
     "mpiexec": "mpich",
 }
-INSTEAD = "lab.recorded() has measurements from where it works"
+INSTEAD = "recordings.load('network_lab') has measurements from where it works"
 
 SHM = "/dev/shm"  # private to the lab: MPI's shared memory, the socket and the ranks' last output
 SOCKET = f"{SHM}/lab.sock"
@@ -78,9 +78,6 @@ exec nsenter --net={SHM}/$host sh -c "$*"
 
 class Refused(Exception):
     """The lab cannot start; the message is one for the reader."""
-
-
-# -- the notebook's part --------------------------------------------------------------------------------------------
 
 
 def start(ranks: int, rate_mbit: float, resources: contextlib.ExitStack) -> tuple[list[Connection], list[int], Path]:
@@ -199,9 +196,6 @@ def _end(process: subprocess.Popen[bytes], notebook: socket.socket) -> None:
     except subprocess.TimeoutExpired:
         process.kill()  # and unshare takes process 1 with it
         process.wait()
-
-
-# -- the lab's part -------------------------------------------------------------------------------------------------
 
 
 def main() -> None:

@@ -1,20 +1,19 @@
-"""What SimGrid says about a fat tree: the table that tests/test_fabric.py compares our simulation with.
+"""What SimGrid says about a fat tree: the table that tests/allreduce/test_fattree.py compares our simulation with.
 
-SimGrid is no dependency of this project.  On Debian or Ubuntu, ``apt install python3-simgrid``, and then::
+SimGrid is not a dependency of this project. On Debian or Ubuntu, ``apt install python3-simgrid``, and then::
 
     /usr/bin/python3 tests/allreduce/simgrid/make_table.py > tests/allreduce/simgrid/reference.csv
 
-The recorded table was made with SimGrid 3.32 in this way.  Everything in it can be found again from its row: the
+The recorded table was made with SimGrid 3.32 in this way. Everything in it can be found again from its row: the
 transfers of a step are written out below on their own, so that they check our schedules, too, and `nodes` gives the
-placement.  The machine is SimGrid's own fat tree, ``2;32,16;1,16;1,1``: 16 switches with 32 hosts each and one link to
+placement. The machine is SimGrid's own fat tree, ``2;32,16;1,16;1,1``: 16 switches with 32 hosts each and one link to
 each of 16 core switches, 12.3 GB/s both ways.
 
 SimGrid shares by flow: the model CM02 without its corrections for TCP (window, cross traffic, factors) is plain
-max-min fairness.  A flow's weight is its latency there, so that long routes would get less; hence latency 0.
+max-min fairness. A flow's weight is its latency there, so that long routes would get less; hence latency 0.
 
-Columns: hosts (of the job), algorithm, placement, seed, size_bytes (of the array), steps (of the schedule), simulated
-(how many of them were; the steps of a ring are all alike, so one will do), time_s (of the whole schedule),
-mean_finish_s (over all the flows simulated, from the start of their step), source.
+Columns: hosts (of the job), algorithm, placement, seed, size_bytes (of the array), steps (of the schedule; those of a
+ring are all alike, so one of them is simulated), time_s (of the whole schedule), source.
 """
 
 import argparse
@@ -28,7 +27,7 @@ CONFIGURATION = [
     "network/model:CM02", "network/latency-factor:1", "network/bandwidth-factor:1", "network/weight-S:0",
     "network/TCP-gamma:0", "network/crosstraffic:0", "surf/precision:1e-13", "maxmin/precision:1e-9",
 ]  # fmt: skip
-ALGORITHMS = ("ring", "recursive doubling", "unequal")
+ALGORITHMS = ("ring", "recursive doubling")
 
 
 def nodes(placement, hosts, seed):
@@ -45,11 +44,8 @@ def steps(algorithm, hosts, size_bytes):
     everyone = range(hosts)
     if algorithm == "ring":
         return [[(rank, (rank + 1) % hosts, size_bytes // hosts) for rank in everyone]], 2 * (hosts - 1)
-    if algorithm == "recursive doubling":
-        distances = [2**i for i in range(hosts.bit_length() - 1)]
-        return [[(rank, rank ^ distance, size_bytes) for rank in everyone] for distance in distances], 1
-    # No allreduce, but transfers of 1 to 7 eighths of the array, for the sake of flows that finish one by one.
-    return [[(rank, (rank + hosts // 2 + 1) % hosts, (1 + rank % 7) * size_bytes // 8) for rank in everyone]], 1
+    distances = [2**i for i in range(hosts.bit_length() - 1)]
+    return [[(rank, rank ^ distance, size_bytes) for rank in everyone] for distance in distances], 1
 
 
 def table(all_hosts, seeds, sizes):
@@ -79,17 +75,14 @@ def table(all_hosts, seeds, sizes):
         ]
         for flow in flows:
             flow.wait()
-        return engine.clock - start, [flow.finish_time - start for flow in flows]
+        return engine.clock - start
 
     def case(algorithm, hosts, placement, seed, size_bytes):
         once, repeated = steps(algorithm, hosts, size_bytes)
-        results = [simulate(step, nodes(placement, hosts, seed)) for step in once]
-        finish = [time for _, times in results for time in times]
+        times = [simulate(step, nodes(placement, hosts, seed)) for step in once]
         return {
             "hosts": hosts, "algorithm": algorithm, "placement": placement, "seed": seed, "size_bytes": size_bytes,
-            "steps": len(once) * repeated, "simulated": len(once),
-            "time_s": f"{repeated * sum(time for time, _ in results):.9g}",
-            "mean_finish_s": f"{sum(finish) / len(finish):.9g}",
+            "steps": len(once) * repeated, "time_s": f"{repeated * sum(times):.9g}",
             "source": f"SimGrid {simgrid.simgrid_version.strip()}",
         }  # fmt: skip
 

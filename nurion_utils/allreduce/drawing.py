@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch
 
+from nurion_utils import style
 from nurion_utils._checks import require_columns
 from nurion_utils.allreduce.checking import walk
 from nurion_utils.allreduce.schedule import Schedule, Step
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
 
 MOST_RANKS = 16  # more do not fit a page
 MOST_PANELS = 30
-REDUCE, COPY = "#D55E00", "#0072B2"  # told apart by their dashes too
-BUSY, WAIT = "#0072B2", "#BBBBBB"
+REDUCE, COPY = style.VERMILION, style.BLUE  # told apart by their dashes too
+BUSY, WAIT = style.BLUE, style.GREY
 
 
 def draw(schedule: Schedule) -> Figure:
     """Who holds what: one panel before the first and one after each step, a row per rank, a column per chunk.
 
-    The number in a cell says how many ranks' contributions are in it, the shade as well.  Arrows beside a panel are
+    The number in a cell says how many ranks' contributions are in it, the shade as well. Arrows beside a panel are
     the transfers that led to it: solid where they were reduced, dashed where they were copied.
     """
     states = _states(schedule)
@@ -80,13 +81,13 @@ def animate(schedule: Schedule) -> Animation:
     return animation
 
 
-def timeline(trace: pd.DataFrame) -> Figure:
+def draw_trace(trace: pd.DataFrame) -> Figure:
     """What each rank did when in one run: exchanging or waiting, and reducing.
 
     Parameters
     ----------
     trace
-        The rows that `running.run` put into ``trace`` on all ranks: ``rank, step, begin_s, received_s, end_s``.
+        The rows that `run` put into ``trace`` on all ranks: ``rank, step, begin_s, received_s, end_s``.
     """
     require_columns(trace, ["rank", "step", "begin_s", "received_s", "end_s"])
     if trace.empty:
@@ -104,7 +105,7 @@ def timeline(trace: pd.DataFrame) -> Figure:
     axis.invert_yaxis()
     exchange = Patch(fc=WAIT, ec="black", lw=0.4, label="send and receive (number of the step)")
     kinds = [exchange, Patch(fc=BUSY, hatch="//", label="reduce")]
-    figure.legend(handles=kinds, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    style.legend_above(figure, ncols=2, handles=kinds, fontsize=8)
     return figure
 
 

@@ -1,0 +1,113 @@
+"""What a schedule costs: seconds from latency and bandwidth, and latency and bandwidth from measured seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nurion_utils._checks import number, require_columns
+from nurion_utils.allreduce.schedule import Schedule
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from nurion_utils.sites import Site
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a message costs: ``alpha_s + n * beta_s_per_byte``, and ``n * gamma_s_per_byte`` to reduce its n bytes."""
+
+    alpha_s: float
+    beta_s_per_byte: float
+    gamma_s_per_byte: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, number(value, name, least=0))
+
+    @classmethod
+    def of(cls, site: Site, gamma_s_per_byte: float = 0.0) -> Link:
+        """The links of the site's fabric: alpha from the latency of a message, beta from the rate of a link.
+
+        Raises
+        ------
+        SiteError
+            The site's description has no fabric, or lacks one of the two figures.
+        """
+        from nurion_utils.sites import SiteError
+
+        fabric = site.fabric
+        if fabric is None or fabric.latency_us is None or fabric.link_gb_per_s is None:
+            raise SiteError(
+                f"the site {site.name!r} does not give latency_us and link_gb_per_s of a fabric: take a site that "
+                "does, such as 'nurion', or a Link of your own figures"
+            )
+        return cls(fabric.latency_us * 1e-6, 1e-9 / fabric.link_gb_per_s, gamma_s_per_byte)
+
+
+def time(schedule: Schedule, size_bytes: float, link: Link) -> float:
+    """Seconds on links that nobody shares: the sum over all steps of the slowest transfer in each.
+
+    The alpha-beta-gamma model (Thakur, Rabenseifner, Gropp 2005); reduces after receiving, and cuts the array into
+    equal chunks.
+
+    Parameters
+    ----------
+    size_bytes
+        Size of the array.
+    link
+        What a message costs, such as ``Link.of(sites.load("nurion"))``.
+    """
+    n = number(size_bytes, "size_bytes", least=0)
+    if not isinstance(link, Link):
+        raise ValueError(f"link must be a Link(alpha_s, beta_s_per_byte), not {link!r}")
+
+    def slowest(transfers: frozenset[tuple[float, bool]]) -> float:
+        rates = (share * (link.beta_s_per_byte + reduce * link.gamma_s_per_byte) for share, reduce in transfers)
+        return link.alpha_s + n * max(rates)
+
+    return math.fsum(steps * slowest(transfers) for transfers, steps in schedule.kinds_of_step.items())
+
+
+def fit(table: pd.DataFrame, contenders: Mapping[str, Schedule | None]) -> dict[str, Link]:
+    """Each contender's alpha and beta from measured times, by least squares of the relative errors.
+
+    A time is taken to be ``steps * alpha + size * volume * beta``, with the steps and the volume (the part of the
+    array that is under way, summed over the steps) of the contender's schedule. What reducing costs is in beta.
+    MPI's own allreduce, None, counts as one step and one volume.
+    """
+    from scipy.optimize import nnls
+
+    require_columns(table, ["contender", "size_bytes", "time_s"])
+    links = {}
+    for name, schedule in contenders.items():
+        rows = table[table["contender"] == name]
+        if "ranks" in table and schedule is not None:
+            rows = rows[rows["ranks"] == schedule.ranks]
+        elif "ranks" in table and rows["ranks"].nunique() > 1:
+            raise ValueError(f"the rows of {name!r} are of several numbers of ranks; choose those of one")
+        times = rows.groupby("size_bytes")["time_s"].median()
+        if len(times) < 2:
+            raise ValueError(f"a fit needs two sizes or more, and the table has {len(times)} of contender {name!r}")
+        if schedule is not None and not schedule.steps or not (times > 0).all():
+            raise ValueError(f"a fit needs steps, and times above 0, but contender {name!r} lacks them")
+        terms = np.array([[1.0, n] for n in times.index]) * _terms(schedule)
+        scale = terms.max(axis=0)  # or the two columns differ by so much that nnls gives one up
+        solution, _ = nnls(terms / scale / times.to_numpy()[:, None], np.ones(len(times)))
+        links[name] = Link(*map(float, solution / scale))
+    return links
+
+
+def predict(schedule: Schedule | None, size_bytes: float, link: Link) -> float:
+    """Seconds, by the model that `fit` fits."""
+    steps, volume = _terms(schedule)
+    return steps * link.alpha_s + number(size_bytes, "size_bytes", least=0) * volume * link.beta_s_per_byte
+
+
+def _terms(schedule: Schedule | None) -> tuple[float, float]:
+    return (1.0, 1.0) if schedule is None else (time(schedule, 0, Link(1, 0)), time(schedule, 1, Link(0, 1)))
