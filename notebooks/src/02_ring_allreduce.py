@@ -387,12 +387,12 @@ table.style.format("{:.3g}")
 figure, (left_axis, right_axis) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
 medians = times.groupby(["contender", "size_bytes"])["time_s"].median()
 for name, schedule in contenders(P).items():
-    style = STYLES[name]
-    left_axis.loglog(medians[name] * 1e6, ls="", ms=4, label=name, **style)
+    look = STYLES[name]
+    left_axis.loglog(medians[name] * 1e6, ls="", ms=4, label=name, **look)
     curve = [allreduce.predict(schedule, size, fitted[name]) * 1e6 for size in sizes]
-    left_axis.loglog(sizes, curve, color=style["color"], lw=1)
+    left_axis.loglog(sizes, curve, color=look["color"], lw=1)
     if name != "native":
-        right_axis.semilogx(medians[name] / medians["native"], lw=1, ms=4, **style)
+        right_axis.semilogx(medians[name] / medians["native"], lw=1, ms=4, **look)
 left_axis.set(xlabel="size of the array, bytes", ylabel="time, µs", title="points measured, lines fitted")
 right_axis.axhline(1, color="black", lw=0.8)
 right_axis.set(xlabel="size of the array, bytes", ylabel="time / time of native MPI", ylim=(0, None))
