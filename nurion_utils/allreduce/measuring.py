@@ -109,7 +109,7 @@ def _observe(
     from nurion_utils.allreduce.running import run
 
     comm, rows = MPI.COMM_WORLD, []
-    timing.block(comm, int)  # opens the connections that a block needs, whose bytes are not the contenders'
+    timing.block(comm, int)  # opens the connections that every block needs
     for size_bytes in sizes_bytes:
         mine, total = timing.exact_arrays(size_bytes, comm.rank, comm.size)
         array, calls, n_calls = mine.copy(), {}, {}
@@ -123,6 +123,7 @@ def _observe(
             array[:] = 0
             n_calls[name] = timing.calls_in(comm, call, block_s, MOST_CALLS) if block_s else 1
         for repeat, name in timing.turns(list(contenders), repeats):
+            comm.Barrier()  # or what a rank has yet to send from before would be counted
             before = _wire_bytes()
             time_s = timing.block(comm, calls[name], n_calls[name])
             wire_bytes = comm.allreduce(_wire_bytes() - before)

@@ -49,7 +49,7 @@ def test_interfaces_send_what_the_schedule_says_and_headers(
     assert row.bytes_sent == sum(schedule.bytes_sent(rank, 4 * elements, 4) for rank in range(4))
     messages = sum(map(schedule.messages, range(4)))
     # headers and acknowledgements of each packet; of small messages, and of those with which the ranks meet
-    assert row.bytes_sent < row.wire_bytes < 1.06 * row.bytes_sent + 300 * (messages + 36) + 1000
+    assert row.bytes_sent < row.wire_bytes < 1.06 * row.bytes_sent + 300 * (messages + 24) + 1000
 
 
 def test_links_have_their_rate_in_both_directions(lab4: lab.Lab) -> None:
