@@ -356,11 +356,11 @@ study.drop(columns="rank").head(5).style.format(precision=3).format("{:.0e}", su
 # More nodes with 32 samples each make a larger batch and fewer steps: time falls with $S$. Node-hours are nodes times time, so they grow with $E$. For a picture of the cost, take the *steps* of our digits and the *seconds* of a ResNet-50 on Nurion: 32 images at about 60 per second and node, plus an allreduce of its 102 MB of gradients by Rabenseifner's algorithm on Nurion's links ([notebook 02](02_ring_allreduce.ipynb)), some 0.02 s:
 
 # %%
-link = allreduce.FatTree.of(nurion).link
+link = allreduce.Link.of(nurion)
 rows = []
 for row in large_batch.tradeoff([32 * 2**k for k in range(1, 11)], fitted.steps_min, fitted.samples_min).itertuples():
     n = int(row.batch // 32)
-    step_s = 32 / 60 + allreduce.rabenseifner(n).time(102e6, link)
+    step_s = 32 / 60 + allreduce.time(allreduce.rabenseifner(n), 102e6, link)
     rows.append((n, int(row.batch), row.steps, row.steps * step_s / 60, n * row.steps * step_s / 3600))
 columns = ["nodes", "batch", "steps", "minutes", "node_hours"]
 cost = pd.DataFrame(rows, columns=columns)
