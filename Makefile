@@ -39,7 +39,9 @@ test: lint
 	@.venv/bin/python -m pytest --durations=25 $(ONLY)
 
 lab: setup
-	@.venv/bin/jupyter lab notebooks
+	@# Jupyter refuses root unless told otherwise. It listens on this machine only and asks for a token, so root may.
+	@if [ "$$(id -u)" = 0 ]; then echo "You are root: so is all that the notebooks run. Jupyter listens on localhost only."; fi
+	@.venv/bin/jupyter lab $$([ "$$(id -u)" = 0 ] && echo --allow-root) --ServerApp.ip=localhost notebooks
 
 site: setup
 	@.venv/bin/python tools/notebooks.py site

@@ -15,9 +15,9 @@
 #
 # | wall | what happens | notebook |
 # |---|---|---|
-# | communication | nodes wait for results from each other after every training step | 01 begins with it |
-# | input | nodes wait for data | later notebooks |
-# | large batches | more nodes, but the model learns worse | later notebooks |
+# | communication | nodes wait for results from each other after every training step | 01, 02, 03 |
+# | input | nodes wait for data | 04 |
+# | large batches | more nodes, but the model learns worse | 05 |
 #
 # You will meet each wall on the machine in front of you, at a size where you can look at every number.
 # Where it can, a section keeps one rhythm: *predict, measure, explain, extrapolate.*
@@ -108,7 +108,7 @@ print(f"mean on each rank: {means}, expected {expected_mean}")
 # %% [markdown]
 # ## When one rank fails
 #
-# Suppose rank 1 stops with an error while the others have already entered the allreduce. Left alone, they would wait for it for ever. Here a watcher notices within seconds, ends the waiting ranks, and says who failed and where the others stood.
+# Suppose rank 1 stops with an error while the others have already entered the allreduce. Left alone, they would wait for it for ever. Here a watcher notices within seconds, ends the waiting ranks, and says who failed and where the others were.
 
 
 # %%
@@ -128,11 +128,33 @@ except ranks.RankError as error:
     print(failure)
 
 # %% [markdown]
-# The message names the rank and shows its traceback. Then it lists where each of the others stood; `In[...]` is a cell of this notebook, and the line is that of the allreduce. The ranks are gone; one call brings fresh ones, with nothing of what the old ones had defined.
+# The message names the rank and shows its traceback. Then it lists where each of the others was; `In[...]` is a cell of this notebook, and the line is that of the allreduce. The ranks are gone; one call brings fresh ones, with nothing of what the old ones had defined.
 
 # %%
 world.restart()
 world.run(hello)[0]
+
+# %% [markdown]
+# A rank can also be missing without any error: it simply does not make the call. It is the mistake that everyone makes first, and left alone it ends in a cell that runs for ever. *Predict what the next cell says, and after how long.*
+
+
+# %%
+def only_rank_0_calls() -> int:
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    return comm.allreduce(1) if comm.rank == 0 else 0
+
+
+try:
+    world.run(only_rank_0_calls)
+except ranks.RankError as error:
+    missing_call = str(error)
+    print(missing_call)
+world.restart()
+
+# %% [markdown]
+# After ten seconds it names the ranks that have finished and the one that waits for them, with its line. (In a notebook with a reader it tells you so under the cell, and makes an error of it after a minute.) A rank that computes for long while the others have finished is left alone: it is not in a call that waits.
 
 # %% [markdown]
 # ## Long work
@@ -244,6 +266,7 @@ assert len(greetings) == n_ranks and greetings[0].startswith("rank 0")
 assert means == [expected_mean] * n_ranks
 assert done == [20] * n_ranks
 assert "rank 1 of" in failure and "FileNotFoundError" in failure
+assert "rank 0 waits in allreduce" in missing_call
 assert not report.loc[report["check"].str.startswith(("MPI", "Horovod", "ranks", "operation")), "ok"].eq(False).any()
 assert abs(nurion.rpeak_pflops / 25.7 - 1) < 0.005
 

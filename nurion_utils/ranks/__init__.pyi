@@ -1,5 +1,4 @@
 from . import launchers as launchers
-from .environment import Identity as Identity
 from .environment import identity as identity
 from .environment import own_environment as own_environment
 from .environment import rank_environment as rank_environment

@@ -1,6 +1,3 @@
-from .model import BurstBuffer as BurstBuffer
-from .model import Fabric as Fabric
-from .model import FileSystem as FileSystem
 from .model import Site as Site
 from .model import SiteError as SiteError
 from .reading import DIRECTORY as DIRECTORY

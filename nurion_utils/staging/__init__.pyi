@@ -1,5 +1,4 @@
 from . import plans as plans
-from . import stager as stager
 from .plans import StageError as StageError
 from .plans import StagePlan as StagePlan
 from .stager import plan as plan

@@ -1,6 +1,5 @@
 from . import cases as cases
 from . import draw as draw
-from .client import FileSystemClient as FileSystemClient
 from .emulate import EmulatedFileSystem as EmulatedFileSystem
 from .model import ParallelFileSystem as ParallelFileSystem
 from .model import Workload as Workload

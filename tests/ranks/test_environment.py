@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from nurion_utils.ranks import Identity, identity, own_environment
+from nurion_utils.ranks import identity, own_environment
+from nurion_utils.ranks.environment import Identity
 
 LAUNCHED = {
     "Hydra": {"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1"},
