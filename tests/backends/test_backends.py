@@ -192,19 +192,19 @@ def test_a_file_that_cannot_be_written_is_refused(places, variable):
 def test_a_timeline_that_cannot_be_written_is_refused_on_all_ranks_before_horovod_starts(world3, places):
     for name in ("a directory", "a file in a file"):
         with pytest.raises(ranks.RankError, match="ValueError: .* cannot be written: .*and so did ranks 1, 2"):
-            world3.run(partial(backends.init, timeline=places[name]), "MPI", timeout_s=60)
+            world3.run(partial(backends.init, timeline=places[name]), "MPI", timeout_s=240)
     assert not any(world3.run(is_initialized))
 
 
 def test_where_only_one_rank_sees_the_fault_all_ranks_hear_of_it(world3):
     with pytest.raises(ranks.RankError, match="cycle_ms must be a number"):
-        world3.run(on_rank_0_only, {"cycle_ms": -1}, {}, timeout_s=60)
+        world3.run(on_rank_0_only, {"cycle_ms": -1}, {}, timeout_s=240)
     with pytest.raises(ranks.RankError, match="cycle_ms must be a number"):
-        world3.run(on_rank_0_only, {}, {"cycle_ms": -1}, timeout_s=60)
+        world3.run(on_rank_0_only, {}, {"cycle_ms": -1}, timeout_s=240)
     with pytest.raises(ranks.RankError, match="give all the same"):
-        world3.run(on_rank_0_only, {}, {"cycle_ms": 2.0}, timeout_s=60)
+        world3.run(on_rank_0_only, {}, {"cycle_ms": 2.0}, timeout_s=240)
     with pytest.raises(ranks.RankError, match="give all the same"):  # rank 0 is the one that writes it
-        world3.run(on_rank_0_only, {}, {"timeline": "/tmp/never_written.json"}, timeout_s=60)
+        world3.run(on_rank_0_only, {}, {"timeline": "/tmp/never_written.json"}, timeout_s=240)
 
 
 def run_in_a_folder_of_its_own(folder: str, timeline: str) -> None:
@@ -225,18 +225,18 @@ def run_in_a_folder_of_its_own(folder: str, timeline: str) -> None:
 
 
 def test_only_rank_0_must_have_the_folder_of_a_timeline(world3, tmp_path):
-    world3.run(run_in_a_folder_of_its_own, str(tmp_path / "of_rank_0"), "sub/t.json", timeout_s=60)
+    world3.run(run_in_a_folder_of_its_own, str(tmp_path / "of_rank_0"), "sub/t.json", timeout_s=240)
     assert (tmp_path / "of_rank_0" / "sub" / "t.json").exists()
 
 
 def test_two_worlds_do_not_write_one_timeline(world3, world2, tmp_path):
     start = partial(backends.init, timeline=tmp_path / "t.json")
-    world3.run(start, "MPI", timeout_s=60)
+    world3.run(start, "MPI", timeout_s=240)
     with pytest.raises(ranks.RankError, match="t.json cannot be written: another Horovod is writing it"):
-        world2.run(start, "MPI", timeout_s=60)
-    world3.run(start, "MPI", timeout_s=60)  # which ends its own first
+        world2.run(start, "MPI", timeout_s=240)
+    world3.run(start, "MPI", timeout_s=240)  # which ends its own first
     world3.run(backends.shutdown)
-    world2.run(start, "MPI", timeout_s=60)
+    world2.run(start, "MPI", timeout_s=240)
     world2.run(backends.shutdown)
 
 

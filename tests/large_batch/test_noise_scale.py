@@ -171,7 +171,7 @@ def test_the_squared_length_travels_in_the_message_of_the_gradients(world2):
             model = train(DistributedOptimizer(SGD(0.1), observer=NoiseScale(32)))
         return [len(call.args[0]) for call in allreduce.call_args_list], len(model.trainable_variables)
 
-    sizes, variables = world2.run(count, timeout_s=60)[0]
+    sizes, variables = world2.run(count, timeout_s=240)[0]
     assert sizes == [variables + 1]
 
 
@@ -186,7 +186,7 @@ def test_a_model_is_saved_without_what_was_measured(world2, tmp_path):
             model.save(path)
         return len(model.optimizer.variables)
 
-    count = world2.run(save, str(tmp_path / "model.keras"), timeout_s=60)[0]
+    count = world2.run(save, str(tmp_path / "model.keras"), timeout_s=240)[0]
     optimizer = keras.models.load_model(tmp_path / "model.keras").optimizer
     assert type(optimizer) is SGD
     assert len(optimizer.variables) == count == 2 + 6  # step, rate, and the momentum of each weight
@@ -209,7 +209,7 @@ def test_a_reducer_of_ones_own_is_measured_as_horovod_is(world2):
             tables.append(noise.table())
         return tables
 
-    for ours, theirs in world2.run(compare, timeout_s=60):
+    for ours, theirs in world2.run(compare, timeout_s=240):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3)
 
 
@@ -271,7 +271,7 @@ REMEDIES = {
 
 @pytest.fixture(scope="module")
 def refused(world2):
-    return world2.run(refusals, timeout_s=60)
+    return world2.run(refusals, timeout_s=240)
 
 
 @pytest.mark.parametrize("name", REMEDIES)

@@ -79,7 +79,7 @@ def job():
     from mpi4py import MPI
     return MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
 with ranks.start(2) as world:
-    print(world.run(job, timeout_s=60))
+    print(world.run(job, timeout_s=240))
 """
 PMIX = {"PMIX_RANK": "3", "PMIX_NAMESPACE": "slurm.pmix.1.0", "PMIX_SERVER_URI2": "x;tcp4://127.0.0.1:1"}
 

@@ -31,7 +31,7 @@ def test_broadcast_makes_weights_and_optimizer_equal_and_leaves_random_states_al
         model.fit(data(rank()), verbose=0, callbacks=[BroadcastCallback(root=1), look])
         return before, look.weights, look.slots, np.array(generator)
 
-    (before0, weights0, slots0, random0), (before1, weights1, slots1, random1) = world2.run(start, timeout_s=60)
+    (before0, weights0, slots0, random0), (before1, weights1, slots1, random1) = world2.run(start, timeout_s=240)
     assert any((a != b).any() for a, b in zip(before0, before1, strict=True))
     for given, on0, on1 in zip(before1, weights0, weights1, strict=True):
         np.testing.assert_array_equal(on0, given)
@@ -58,7 +58,7 @@ def test_broadcast_refuses_unbuilt_and_unequal_models_and_roots_that_are_no_rank
             outcome(lambda: fit(perceptron(0), root=2)),
         ]
 
-    for unbuilt, deeper, wider, swapped, root in world2.run(refusals, timeout_s=60):
+    for unbuilt, deeper, wider, swapped, root in world2.run(refusals, timeout_s=240):
         assert "keras.Input(shape), or call model.build(shape)" in unbuilt
         assert "all ranks must have the same variables in the same order, but of the 8 of rank 1" in deeper
         assert "number 2 is sequential/dense/kernel of shape (8, 9) and type float32, and of the 8 of rank 0" in wider
@@ -88,7 +88,7 @@ def test_averaged_metrics_are_those_of_all_samples_and_reach_later_callbacks_and
         averaged = fit(first, last, MetricAverageCallback(last - first, (last - first) // 2), look)
         return fit(0, 20), averaged, look.logs
 
-    for alone, averaged, seen in world2.run(evaluate, timeout_s=60):
+    for alone, averaged, seen in world2.run(evaluate, timeout_s=240):
         assert set(averaged) == {"loss", "mae", "val_loss", "val_mae"}
         for name, value in averaged.items():
             assert value == [seen[name]] == pytest.approx(alone[name], rel=1e-6)
@@ -104,7 +104,7 @@ def test_ranks_stop_early_in_the_same_epoch_when_metrics_are_averaged(world2):
         callbacks = [BroadcastCallback(), MetricAverageCallback(), stopping]
         return model.fit(data(rank()), epochs=50, verbose=0, callbacks=callbacks).history["loss"]
 
-    on0, on1 = world2.run(stop, timeout_s=60)
+    on0, on1 = world2.run(stop, timeout_s=240)
     assert on0 == on1
     assert len(on0) < 50
 
@@ -125,7 +125,7 @@ def test_metrics_that_only_one_rank_has_are_an_error_everywhere(world2):
         model.compile("sgd", "mse")
         model.fit(data(0), verbose=0, callbacks=[callback])
 
-    for unequal, no_samples in world2.run(fit, timeout_s=60):
+    for unequal, no_samples in world2.run(fit, timeout_s=240):
         assert "rank 1 reports ['loss', 'mae'] and rank 0 ['loss']" in unequal
         assert "must be above 0 on some rank, not [[0.0, 1.0], [0.0, 1.0]] by rank" in no_samples
 
@@ -148,7 +148,7 @@ def averaged(world, by_rank, samples=(1, 1)) -> list:
         error = outcome(lambda: found.append(model.fit(data(0), verbose=0, callbacks=callbacks).history["told"][0]))
         return found[0] if found else error
 
-    return world.run(fit, timeout_s=60)
+    return world.run(fit, timeout_s=240)
 
 
 def test_a_metric_of_several_numbers_is_averaged_number_by_number(world2):
@@ -191,7 +191,7 @@ def test_f1_scores_reach_the_history_the_csv_file_and_early_stopping(world2, tmp
         with open(file) as written:
             return np.stack(history["f1_score"]), written.read()
 
-    (score, written), (same, also) = world2.run(fit, str(tmp_path), timeout_s=60)
+    (score, written), (same, also) = world2.run(fit, str(tmp_path), timeout_s=240)
     assert score.shape == (2, 3) and (score == same).all()
     assert written == also and f"{score[0, 0]}" in written
 
@@ -213,7 +213,7 @@ def drifting(world, callback, change=None, optimizer=None, middle=(), every_rank
         callbacks = [BroadcastCallback(), Drift(), SyncCheckCallback(**callback)]
         return outcome(lambda: model.fit(data(rank()), epochs=2, verbose=0, callbacks=callbacks))
 
-    return world.run(fit, timeout_s=60)
+    return world.run(fit, timeout_s=240)
 
 
 def test_ranks_in_step_pass_the_check_whatever_their_batch_statistics(world4):
@@ -258,7 +258,7 @@ def test_the_check_sees_through_wrappers_to_what_horovods_own_optimizer_keeps(wo
         model.compile(keras.optimizers.LossScaleOptimizer(horovod.keras.DistributedOptimizer(SGD(0.1))), "mse")
         return outcome(lambda: model.fit(data(rank()), verbose=0, callbacks=[SyncCheckCallback()]))
 
-    for message in world2.run(fit, timeout_s=60):
+    for message in world2.run(fit, timeout_s=240):
         assert message.startswith("RuntimeError: ranks no longer agree after epoch 1: ")
 
 
@@ -270,7 +270,7 @@ def test_ranks_that_train_other_variables_are_told_so(world2):
         model.compile("sgd", "mse")
         return outcome(lambda: model.fit(data(0), verbose=0, callbacks=[SyncCheckCallback()]))
 
-    for message in world2.run(fit, timeout_s=60):
+    for message in world2.run(fit, timeout_s=240):
         assert message.startswith("ValueError: all ranks must have the same variables in the same order")
 
 
@@ -294,7 +294,7 @@ def test_what_is_longer_than_one_message_is_broadcast_in_pieces(world2, over_mpi
 
     name = "_OverMPI" if over_mpi else "_OverHorovod"
     expected = ([2.0 * i for i in range(13)], {"rank": 1}, [], name)
-    assert world2.run(broadcast, timeout_s=60) == [expected] * 2
+    assert world2.run(broadcast, timeout_s=240) == [expected] * 2
 
 
 def test_the_check_refuses_impossible_intervals():

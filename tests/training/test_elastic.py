@@ -206,7 +206,7 @@ def test_errors_that_are_not_of_the_connection_come_through_where_horovods_own_r
             outcomes.append(error.message)
         return outcomes
 
-    assert world2.run(run_both, timeout_s=60) == [[None, "the file is not there"]] * 2
+    assert world2.run(run_both, timeout_s=240) == [[None, "the file is not there"]] * 2
 
 
 def test_a_state_returns_to_its_last_commit_and_takes_over_that_of_rank_0(world2):
@@ -237,7 +237,7 @@ def test_a_state_returns_to_its_last_commit_and_takes_over_that_of_rank_0(world2
         values = [np.array(v) for v in (*state.model.weights, *state.model.optimizer.variables)]
         return state.epoch, state.notes, np.concatenate([v.ravel() for v in values])
 
-    walks = world2.run(walk, timeout_s=60)
+    walks = world2.run(walk, timeout_s=240)
     for rank, (started, changed, restored, committed, _) in enumerate(walks):
         assert (changed[2] != started[2]).any()
         assert restored[:2] == started[:2] == (10 * rank, ["begun"])

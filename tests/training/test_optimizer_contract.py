@@ -143,7 +143,7 @@ def test_an_overflow_on_one_rank_makes_all_ranks_skip_the_step(world2):
         alone, *state_alone = fit(scaled(), alone=True)
         return distance(weights, alone), state, state_alone
 
-    for difference, state, state_alone in world2.run(overflow, timeout_s=60):
+    for difference, state, state_alone in world2.run(overflow, timeout_s=240):
         assert difference <= 1e-6
         assert state == state_alone == [STEPS - 1, 512.0]
 
@@ -168,7 +168,7 @@ def test_gradients_travel_once_per_update_however_many_batches_it_has(world2):
             train(DistributedOptimizer(SGD(0.1, gradient_accumulation_steps=5)), eager=True)
         return sizes, sum(w.size for w in weights), allreduce.call_count
 
-    sizes, parameters, calls = world2.run(count, timeout_s=60)[0]
+    sizes, parameters, calls = world2.run(count, timeout_s=240)[0]
     assert calls == 2
     # First of all: who has a gradient for which of the four weights?
     assert sizes["plain"] == [4] + [parameters] * 2
@@ -239,7 +239,7 @@ def branches(world, of_rank, how="horovod", optimizer=lambda: SGD(0.1), steps=1,
         pairs = zip(variables, before, strict=True)  # of each layer the bias comes last
         return {v.path.split("/")[0]: float(np.abs(v.numpy() - old).max()) for v, old in pairs}
 
-    return world.run(step_by_step, timeout_s=60)
+    return world.run(step_by_step, timeout_s=240)
 
 
 @pytest.mark.parametrize("eager", [True, False])
@@ -296,7 +296,7 @@ def test_ranks_that_train_different_variables_are_refused_with_the_first_that_di
         )
         return [outcome(lambda v=v: apply(*v)) for v in ([[a, b], [b, a]][rank()], [a, b][rank() :], [wide], [exact])]
 
-    swapped, fewer, wider, other = world2.run(attempts, timeout_s=60)[0]
+    swapped, fewer, wider, other = world2.run(attempts, timeout_s=240)[0]
     assert "number 0 is b of shape (3,) and type float64, and of the 2 of rank 0 it is a" in swapped
     assert "of the 1 of rank 1 number 0 is b" in fewer
     assert "of shape (4,)" in wider and "of shape (3,)" in wider
@@ -341,7 +341,7 @@ def test_ranks_that_have_made_different_layers_and_optimizers_still_find_each_ot
             train(SGD(), alone=True)
         return distance(train(DistributedOptimizer(SGD(0.1))), train(SGD(0.1), alone=True))
 
-    assert max(world2.run(uneven, timeout_s=60)) <= 1e-6
+    assert max(world2.run(uneven, timeout_s=240)) <= 1e-6
 
 
 def test_two_optimizers_may_share_one_training_step(world2):
@@ -365,7 +365,7 @@ def test_two_optimizers_may_share_one_training_step(world2):
         alone = train(SGD(0.1), alone=True)
         return [distance(model.get_weights(), alone) for model in models]
 
-    assert np.max(world2.run(both, timeout_s=60)) <= 1e-6
+    assert np.max(world2.run(both, timeout_s=240)) <= 1e-6
 
 
 def test_a_distributed_optimizer_is_saved_as_the_one_it_was(world2):
@@ -427,12 +427,12 @@ def test_a_saved_model_goes_on_without_this_package_and_on_other_numbers_of_rank
         return model.get_weights()
 
     saved, data, result = (str(tmp_path / name) for name in ("saved.keras", "data.npz", "result.npz"))
-    uninterrupted = world2.run(begin, saved, timeout_s=60)[0]
+    uninterrupted = world2.run(begin, saved, timeout_s=240)[0]
     x, y = zip(*batches(STEPS // 2, alone=True).as_numpy_iterator(), strict=True)
     np.savez(data, x=x, y=y)
     subprocess.run([sys.executable, "-c", ALONE, saved, data, result], check=True, timeout=120)
     assert distance(list(np.load(result).values()), uninterrupted) <= 1e-6
-    for weights in world4.run(go_on, saved, timeout_s=60):
+    for weights in world4.run(go_on, saved, timeout_s=240):
         assert distance(weights, uninterrupted) <= 1e-6
 
 

@@ -57,7 +57,7 @@ def test_ranks_that_average_with_mpi_train_as_one_rank_with_the_batches_of_all(w
         together = train(perceptron(), DistributedOptimizer(make(), reducer=average), mine())
         return together, train(perceptron(), make(), samples()), perceptron().get_weights()
 
-    (on0, alone, start), (on1, *_) = world.run(compare, timeout_s=60)
+    (on0, alone, start), (on1, *_) = world.run(compare, timeout_s=240)
     for mine0, mine1, single, begun in zip(on0, on1, alone, start, strict=True):
         np.testing.assert_array_equal(mine0, mine1)
         np.testing.assert_allclose(mine0, single, rtol=0, atol=1e-6)
@@ -94,7 +94,7 @@ def test_all_callbacks_work_over_mpi(world):
         weights = train(perceptron(rank()), optimizer, mine(), *callbacks, epochs=2)
         return weights, float(optimizer.learning_rate), losses
 
-    (weights0, rate0, losses0), (weights1, rate1, losses1) = world.run(fit, timeout_s=60)
+    (weights0, rate0, losses0), (weights1, rate1, losses1) = world.run(fit, timeout_s=240)
     alone = train(perceptron(1), SGD(0.2), samples(), epochs=2)
     for on0, on1, single in zip(weights0, weights1, alone, strict=True):
         np.testing.assert_array_equal(on0, on1)
@@ -132,7 +132,7 @@ def test_a_rank_that_drifts_and_a_root_that_is_no_rank_are_named(world):
             outcome(lambda: train(perceptron(), SGD(0.1), mine(), BroadcastCallback(root=2))),
         ]
 
-    for drift, root in world.run(attempts, timeout_s=60):
+    for drift, root in world.run(attempts, timeout_s=240):
         assert drift.startswith("RuntimeError: ranks no longer agree after epoch 1: ")
         assert "on rank 1 differs from rank 0's by up to" in drift
         assert root == "ValueError: root must be a whole number from 0 to 1, not 2"
@@ -170,7 +170,7 @@ def test_where_horovod_is_installed_a_reducer_does_not_start_it_through_the_call
         weights = train(perceptron(rank()), optimizer, mine(), BroadcastCallback(), MetricAverageCallback())
         return weights, hvd.is_initialized()
 
-    (weights0, started0), (weights1, started1) = world2.run(fit, timeout_s=60)
+    (weights0, started0), (weights1, started1) = world2.run(fit, timeout_s=240)
     for on0, on1 in zip(weights0, weights1, strict=True):
         np.testing.assert_array_equal(on0, on1)
     assert not started0 and not started1
