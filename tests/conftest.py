@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import cloudpickle
 import helpers
+import hypothesis
 import pytest
 
 from nurion_utils import ranks
@@ -20,6 +21,9 @@ from nurion_utils.ranks.launchers import lab
 # A test run in the background may have been told to ignore interrupts, and what it starts would ignore them too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 cloudpickle.register_pickle_by_value(helpers)
+# How long an example takes says nothing on a machine that others use as well.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 NEEDS = {"permitted": "lab", "notebook": "ranks", "resumed": "install"}  # what a fixture's name says of its tests
 
