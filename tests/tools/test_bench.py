@@ -99,6 +99,7 @@ def test_imports_are_timed_in_a_fresh_python():
     assert 0 < result["ours"] < result["peer"]
 
 
+@pytest.mark.ranks
 def test_our_ranks_train_in_every_way_and_sleep_in_between():
     with groups.our_ranks(["alone", "distributed", "by hand"], **TINY) as ours:
         assert all(time_step() > 0 for time_step in ours.values())
@@ -113,6 +114,7 @@ def _stopped_descendants() -> int:
     return states.count(psutil.STATUS_STOPPED)
 
 
+@pytest.mark.ranks
 def test_allreduces_are_timed_in_turn_on_real_ranks():
     times = collective.measure(n_ranks=2, size_bytes=4096, pairs=1, block_s=0.01).query("pair == 0")
     assert times["contender"].tolist() == ["native", "ring", "shared"] and (times["time_s"] > 0).all()
