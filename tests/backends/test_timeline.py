@@ -524,7 +524,7 @@ def test_a_real_file_cut_anywhere_gives_the_rows_so_far(recorded, tmp_path):
 READ = """
 import json, sys
 from pathlib import Path
-from nurion_utils.backends import draw, timeline
+from nurion_utils.backends import timeline
 table = timeline.read(sys.argv[1])
 # of this program alone; the maximum that getrusage knows began with the process that started it
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
