@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
-from nurion_utils.ranks import failures
 from nurion_utils.ranks.failures import shell
 
 _latest_world: Any = None  # the one that %%px cells run on
@@ -47,38 +41,6 @@ class ProgressBar:
             result.wait_for_output(1)  # the last reports may come after the results
             self.update(result)
             self._bar.close()
-
-
-@contextlib.contextmanager
-def no_interrupt_lost() -> Iterator[None]:
-    """Raise an interrupt once more at the end of the block, if somebody swallowed it.
-
-    Imports do, whose modules catch all errors to try something else instead; so do the callbacks of ``__del__`` and
-    of weak references, whose errors Python can only print.
-    """
-    usual = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(usual):
-        yield
-        return
-    seen = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal seen
-        seen = True
-        usual(number, frame)
-
-    try:
-        signal.signal(signal.SIGINT, note)
-        yield
-        if seen:
-            raise KeyboardInterrupt
-    except BaseException:
-        # Somebody may also have made another error of it.
-        if seen:
-            raise failures.plainly(KeyboardInterrupt()) from None
-        raise
-    finally:
-        signal.signal(signal.SIGINT, usual)
 
 
 def register_magics(world: Any) -> None:

@@ -26,6 +26,7 @@ from nurion_utils.ranks.calls import call, pickle_call
 from nurion_utils.ranks.engine import cores_by_rank, is_complete
 from nurion_utils.ranks.environment import rank_environment
 from nurion_utils.ranks.failures import RankError
+from nurion_utils.ranks.interrupts import interrupts_later, no_interrupt_lost
 from nurion_utils.ranks.launchers.local import LocalRanks
 from nurion_utils.ranks.watching import Watcher
 
@@ -58,7 +59,7 @@ def start(n: int, site: str = "local", env: dict[str, str] | None = None, cores_
     RankError
         The ranks did not start.
     """
-    with notebook.no_interrupt_lost():
+    with no_interrupt_lost():
         machine = sites.load(site)
         whole_number(n, "the number of ranks")
         if site != "local":
@@ -140,7 +141,7 @@ class World:
     def restart(self) -> Self:
         """Start the same number of ranks afresh; all variables on the ranks are gone."""
         self.stop()
-        with notebook.no_interrupt_lost():
+        with no_interrupt_lost():
             self._start()
         return self
 
@@ -173,6 +174,7 @@ class World:
             raise
 
     def _connect(self) -> None:
+        import cloudpickle  # noqa: F401 (so that the first call, too, finds nothing to import)
         import ipyparallel  # 0.5 s of imports, while the ranks are starting
 
         processes, deadline = self._processes, time.monotonic() + START_TIMEOUT_S
@@ -207,4 +209,5 @@ class World:
 
 def _close(resources: contextlib.ExitStack, owner: int) -> None:
     if os.getpid() == owner:  # a forked child of the notebook must not end its parent's ranks
-        resources.close()
+        with interrupts_later():
+            resources.close()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import psutil
 import pytest
 from helpers.kernel import Notebook, child_environment
 
-from nurion_utils.ranks.notebook import no_interrupt_lost
+from nurion_utils.ranks.interrupts import no_interrupt_lost
 
 pytestmark = pytest.mark.ranks
 
@@ -169,6 +170,76 @@ def test_an_interrupted_start_leaves_nothing(traces: Traces, after_s: float) -> 
     script.send_signal(signal.SIGINT)
     errors = script.communicate(timeout=PATIENCE_S)[1]
     assert script.returncode == -signal.SIGINT and errors.rstrip().endswith("KeyboardInterrupt")
+    traces.assert_gone()
+
+
+def busy_loops() -> list[subprocess.Popen]:
+    return [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+
+
+def test_an_interrupt_at_any_moment_of_a_start_on_busy_cores_is_raised_and_leaves_nothing(traces: Traces) -> None:
+    """As often as the environment variable KILLS says; the moments are spread over what one whole start takes."""
+    code = f"import time\nfrom nurion_utils import ranks\nprint({READY!r}, flush=True)\nranks.start(2)\n"
+    kills = int(os.environ.get("KILLS", "12"))
+    loops = busy_loops()
+    try:
+        script = run_script(traces, code + "print('started', flush=True)")
+        assert READY in script.stdout.readline()
+        began = time.monotonic()
+        assert script.stdout.readline() == "started\n"
+        whole_s = time.monotonic() - began
+        assert script.communicate(timeout=PATIENCE_S)[1] == ""
+        for _ in range(kills):
+            script = run_script(traces, code + "time.sleep(60)")
+            assert READY in script.stdout.readline()
+            time.sleep(after_s := random.uniform(0, whole_s))
+            script.send_signal(signal.SIGINT)
+            errors = script.communicate(timeout=PATIENCE_S)[1]
+            assert script.returncode == -signal.SIGINT and errors.rstrip().endswith("KeyboardInterrupt"), after_s
+            traces.assert_gone()
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def test_an_interrupt_that_the_import_system_swallows_is_raised(traces: Traces) -> None:
+    """It ends the import of each module with a callback of a weak reference, whose errors Python only prints."""
+    code = """
+import signal, sys
+from nurion_utils import ranks
+
+def strike(frame, event, _):
+    if event == "call" and frame.f_code.co_name == "cb" and "importlib" in frame.f_code.co_filename:
+        sys.setprofile(None)
+        print("struck", flush=True)
+        signal.raise_signal(signal.SIGINT)
+
+sys.setprofile(strike)
+ranks.start
+print("went on")
+"""
+    script = run_script(traces, code)
+    output, errors = script.communicate(timeout=60)
+    assert output == "struck\n" and "Exception ignored in" in errors
+    assert script.returncode == -signal.SIGINT and errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_an_interrupt_while_a_world_that_nobody_holds_is_closed_is_raised(traces: Traces) -> None:
+    code = """
+import os, signal, time
+from nurion_utils import ranks
+
+world = ranks.start(1)
+world._resources.callback(lambda: (print("closing", flush=True), os.kill(os.getpid(), signal.SIGINT)))
+del world
+time.sleep(600)  # and not only at the end of this
+print("went on")
+"""
+    script = run_script(traces, code)
+    output, errors = script.communicate(timeout=60)
+    assert output == "closing\n" and script.returncode == -signal.SIGINT
+    assert errors.rstrip().endswith("KeyboardInterrupt") and "Exception ignored" not in errors
     traces.assert_gone()
 
 
