@@ -24,7 +24,7 @@ OVER_LINES = {
     "staging/copying.py": 316,
 }  # fmt: skip
 OVER_FUNCTIONS = {"health.py": 41, "staging/__main__.py": 49, "staging/plans.py": 42}
-PACKAGE_LINES = 13_904  # on the way to 11,500
+PACKAGE_LINES = 13_941  # on the way to 11,500
 READERS = [*(ROOT / "notebooks" / "src").glob("*.py"), *(ROOT / "tools").rglob("*.py"), ROOT / "README.md"]
 
 
