@@ -52,12 +52,9 @@ def load(name: str) -> pd.DataFrame:
     if not DIRECTORY.is_dir():
         raise FileNotFoundError(f"the recorded tables belong in {DIRECTORY}; work in a clone of the repository")
     if not file.is_file():
-        raise ValueError(f"there is no table {name!r}; choose from {', '.join(sorted(_names()))}")
+        names = sorted(each.stem for each in DIRECTORY.glob("*.csv"))
+        raise ValueError(f"there is no table {name!r}; choose from {', '.join(names)}")
     return pd.read_csv(file)
-
-
-def _names() -> list[str]:
-    return [file.stem for file in DIRECTORY.glob("*.csv")]
 
 
 def main(arguments: list[str]) -> None:

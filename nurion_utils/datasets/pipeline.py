@@ -132,7 +132,8 @@ def dataset(
     # Waiting inside interleave's function would be in vain: tf.data calls that for one file after the other.
     many = {"num_parallel_calls": cycle_length, "deterministic": True} if cycle_length > 1 else {}
     data = tf.data.Dataset.from_tensor_slices(names).map(opened, **many)
-    data = data.interleave(_records, cycle_length, **many).map(_parse, **many)
+    named = lambda name: tf.data.TFRecordDataset(name).map(lambda record: (name, record))  # noqa: E731
+    data = data.interleave(named, cycle_length, **many).map(_parse, **many)
     if cache:
         data = data.cache()
     data = data.batch(batch_size, drop_remainder=True).repeat(epochs)
@@ -141,12 +142,6 @@ def dataset(
     options.autotune.enabled = options.experimental_optimization.apply_default_optimizations = False
     options.threading.private_threadpool_size = 2 * cycle_length + 2  # by default as many as cores, and most only wait
     return (data.prefetch(prefetch) if prefetch else data).with_options(options)
-
-
-def _records(name: tf.Tensor) -> tf.data.Dataset:
-    import tensorflow as tf
-
-    return tf.data.TFRecordDataset(name).map(lambda record: (name, record))
 
 
 def _parse(name: tf.Tensor, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

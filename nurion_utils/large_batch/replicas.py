@@ -85,10 +85,6 @@ def train(
     ]
 
 
-def _loss() -> keras.losses.Loss:
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-
 @lru_cache(maxsize=2)
 def _training_data(task: Task) -> tuple[tf.Tensor, tf.Tensor]:
     data = task.load()
@@ -151,7 +147,8 @@ class _Replicas:
         with tf.GradientTape() as tape:
             tape.watch(trainable)
             output, others = model.stateless_call(trainable, others, tf.gather(self.x, indices), training=True)
-            loss = _loss()(tf.gather(self.y, indices), output, sample_weight=weights)
+            loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            loss = loss_of(tf.gather(self.y, indices), output, sample_weight=weights)
         gradients = tape.gradient(loss, trainable)
         variables = [*model.trainable_variables, *optimizer.variables]
         for name in PER_REPLICA:

@@ -103,7 +103,7 @@ def _together(comm: Any, replicate: bool, function: Callable[..., T], *args: Any
 
 
 def _nothing(*_: Any) -> None:
-    """The part of a rank that has none."""
+    """The part of a rank that has none, and what is told of too little to be shown."""
 
 
 def _carry_out(comm: Any, job: Job, replicate: bool, verify: bool, began: float) -> session.Report:
@@ -133,14 +133,10 @@ def _verified(comm: Any, job: Job, replicate: bool) -> tuple[dict[str, str], int
     mine = list(records.items()) if replicate else list(records.items())[comm.rank :: comm.size]
     damaged = verify_share(plan.destination, mine, meter(sum(record[0] for _, record in mine), "verifying", "B"))
     again = [file for file in (*plan.files, *plan.staged) if file.path in damaged]
-    failures = copy_share(plan.source, plan.destination, again, [], _nobody)
+    failures = copy_share(plan.source, plan.destination, again, [], _nothing)
     known = session.staged_records(job)
     mended = [(file.path, known[file.path]) for file in again if file.path in known]
-    return failures | verify_share(plan.destination, mended, _nobody), len(again)
-
-
-def _nobody(done: int) -> None:
-    """For what is too little to be shown."""
+    return failures | verify_share(plan.destination, mended, _nothing), len(again)
 
 
 def _merged(comm: Any, failures: dict[str, str]) -> dict[str, str]:
@@ -157,7 +153,7 @@ def _pass_on(comm: Any, job: Job) -> dict[str, str]:
     if len(set(comm.allgather(hash_of(files)))) > 1:
         raise StageError("the source changed while the ranks looked at it; stage again when nobody writes to it")
     adopted = [file for file in job.plan.files if file.path in job.present]
-    failures = copy_share(plan.source, plan.destination, adopted, job.present, _nobody)
+    failures = copy_share(plan.source, plan.destination, adopted, job.present, _nothing)
     mine -= set(job.present)
 
     blocks = [list(_blocks(plan.files, plan.share(rank))) for rank in range(comm.size)]

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 RECORDS = ".nurion-stage"  # folder in a destination that holds the manifest
 TEMPORARY = re.compile(r"\.nurion-part-(?:[0-9a-f]{12}-\d+|link)")  # a file that is not whole yet
@@ -258,24 +257,6 @@ class StagePlan:
         if len(rows) > 16:
             lines.append(f"  ... {len(rows) - 16:,} more ranks")
         return "\n".join(lines)
-
-    def draw(self) -> Figure:
-        """Bars of what each rank reads from the source and gets from its neighbour."""
-        import matplotlib.pyplot as plt
-
-        rows = self.table()
-        figure, axis = plt.subplots(figsize=(6.5, 0.32 * min(len(rows), 24) + 1.6), layout="constrained")
-        axis.barh(rows["rank"], rows["reads_bytes"] / 1e6, color="#0072B2", label="read from the source")
-        if self.replicate:
-            axis.barh(
-                rows["rank"], rows["receives_bytes"] / 1e6, left=rows["reads_bytes"] / 1e6,
-                color="#E69F00", hatch="//", label="received from the rank before",
-            )  # fmt: skip
-        axis.set(xlabel="data, MB", ylabel="rank")
-        axis.invert_yaxis()
-        axis.yaxis.get_major_locator().set_params(integer=True)
-        figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
-        return figure
 
 
 def count(files: Sequence) -> str:

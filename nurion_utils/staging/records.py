@@ -86,5 +86,5 @@ def record_of_link(target: str) -> Record:
 def _path_of(line: bytes) -> str | None:
     try:
         return json.loads(line)[0]
-    except ValueError:
+    except (ValueError, TypeError, LookupError):
         return None

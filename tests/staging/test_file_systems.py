@@ -245,3 +245,30 @@ def test_a_damaged_line_of_a_manifest_is_no_record(source: Path, line: str) -> N
     with open(copy / RECORDS / "manifest.jsonl", "a") as manifest:
         manifest.write(f"{line}\n")
     assert staging.stage(source, copy).copied_files == 0
+
+
+def test_nor_does_it_disturb_a_staging_in_which_a_file_fails(source: Path) -> None:
+    copy = source.with_name("copy")
+    staging.stage(source, copy)
+    with open(copy / RECORDS / "manifest.jsonl", "a") as manifest:
+        manifest.write("5\n[]\n{}\n")
+    (source / "new").write_bytes(b"n" * 2_000_000)
+    os.utime(source / "new", ns=(0, 0))
+    command = [sys.executable, "-P", "-c", FAILS, str(source), str(copy)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "StageError: 1 file could not be staged" in ended.stderr and "Traceback" in ended.stderr
+    assert staging.stage(source, copy).copied_files == 1
+
+
+# The file grows shorter between the plan and the copy.
+FAILS = """
+import os, sys
+from nurion_utils import staging
+from nurion_utils.staging import session, stager
+begin = stager.begin
+def cut(job):
+    os.truncate(os.path.join(job.plan.source, "new"), 1_999_999)
+    return begin(job)
+stager.begin = cut
+staging.stage(*sys.argv[1:])
+"""

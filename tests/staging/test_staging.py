@@ -235,7 +235,6 @@ def test_a_thousand_nodes_that_pass_on_need_the_source_once():
     assert seconds == pytest.approx(2046 * 8e6 / 10e9)  # all but what the neighbour has read, through one link
     naive = 1024 * everyone.bytes / 100e9
     assert naive / seconds > 100
-    assert everyone.draw().axes[0].get_xlabel() == "data, MB"
 
 
 def run(*arguments, **options):

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nurion_utils import timing
 from nurion_utils.training.models import cosmoflow_small
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +74,7 @@ def test_a_row_without_a_bar_is_only_reported():
 
 def test_contenders_take_turns_until_enough_turns_were_quiet(monkeypatch: pytest.MonkeyPatch):
     others = iter([0, 0, 0, 9, 9, 9, *[9] * 8])  # read before and after each block: the second one is disturbed
-    monkeypatch.setattr(blocks, "_others_s", lambda: next(others))
+    monkeypatch.setattr(timing, "_others_s", lambda: next(others))
     order = []
     contenders = {"a": lambda: order.append("a") or 1.0, "b": lambda: order.append("b") or 2.0}
     measured = blocks.alternate(contenders, pairs=2)
@@ -88,10 +89,10 @@ def test_cpu_time_of_descendants_is_not_that_of_others(is_ours: bool, monkeypatc
     monkeypatch.setattr(psutil, "cpu_times", lambda: machine)  # so that only our own part can change
     burn = "import time\nwhile time.process_time() < 0.5: pass"
     disown = "" if is_ours else "import os\nos.setsid()\nif os.fork(): os._exit(0)\n"
-    before = blocks._others_s()
+    before = timing._others_s()
     with subprocess.Popen([sys.executable, "-c", disown + burn], stdout=subprocess.PIPE) as process:
         process.stdout.read()  # ends when the last process that holds the pipe does
-    assert (before - blocks._others_s() > 0.4) == is_ours
+    assert (before - timing._others_s() > 0.4) == is_ours
 
 
 def test_imports_are_timed_in_a_fresh_python():

@@ -1,10 +1,10 @@
 """The method of every bench: short blocks of work, contenders in turn, a ratio per pair of neighbours."""
 
-import time
 from collections.abc import Callable
 
 import pandas as pd
-import psutil
+
+from nurion_utils.timing import OtherLoad
 
 QUIET_CORES = 0.05  # more CPU than this, in cores, taken by others spoils a block
 MAX_ATTEMPTS = 3  # times as many pairs as were asked for, before a busy machine's are taken
@@ -35,9 +35,9 @@ def alternate(contenders: dict[str, Callable[[], float]], pairs: int, quiet_core
         first = pair % len(names)  # whoever comes first may find the machine in another state
         worst = 0.0
         for name in names[first:] + names[:first]:
-            begin, others_begin = time.perf_counter(), _others_s()
+            load = OtherLoad()
             time_s = contenders[name]()
-            others_cores = (_others_s() - others_begin) / (time.perf_counter() - begin)
+            others_cores = load.cores()
             worst = max(worst, others_cores)
             rows.append((pair, name, time_s, others_cores))
         quiet += worst <= quiet_cores
@@ -46,16 +46,3 @@ def alternate(contenders: dict[str, Callable[[], float]], pairs: int, quiet_core
     table = pd.DataFrame(rows, columns=["pair", "contender", "time_s", "others_cores"])
     table["disturbed"] = table.groupby("pair")["others_cores"].transform("max") > quiet_cores
     return table
-
-
-def _others_s() -> float:
-    """CPU time of the machine less that of this process and all below it, in seconds."""
-    machine = psutil.cpu_times()
-    busy = machine.user + machine.nice + machine.system + machine.irq + machine.softirq + machine.steal
-    own = 0.0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        try:
-            own += sum(process.cpu_times()[:4])  # user and system, its own and of its ended children
-        except psutil.NoSuchProcess:
-            continue  # its parent has its time now
-    return busy - own
