@@ -26,8 +26,9 @@ timing_rounds: int = 5  # repetitions of each timing; 20 narrow the spread
 failure_labs: bool = False  # True runs the labs on what goes wrong as well (about a minute more)
 
 # %%
-from nurion_utils import ranks, sites
+from nurion_utils import ranks, sites, style, timing
 
+style.use()
 world = ranks.start(n_ranks)
 
 # %% [markdown]
@@ -104,7 +105,7 @@ for variable, gradient in zip(network.trainable_weights, averaged, strict=True):
     print(f"{variable.path:22} {str(gradient.shape):12} {gradient.dtype.size * tf.size(gradient).numpy():7,} bytes")
 
 # %% [markdown]
-# Six tensors, 104 kB together, and one message would do: Horovod packs small tensors into one buffer before it sends them, and it can begin with the last layers while the backward pass still works on the first. Both are the subject of a later notebook.
+# Six tensors, 104 kB together, and one message would do: Horovod packs small tensors into one buffer before it sends them, and it can begin with the last layers while the backward pass still works on the first. Both are the subject of [notebook 03](03_communication_backends.ipynb).
 #
 # **Predict:** twice as many images per rank. Which of the numbers above change?
 #
@@ -112,43 +113,67 @@ for variable, gradient in zip(network.trainable_weights, averaged, strict=True):
 #
 # ## Equal to one big batch, step after step
 #
-# Writing the allreduce into every training loop is tedious, so it is wrapped into the optimizer: `DistributedOptimizer` averages the gradients whenever Keras is about to apply them. `Shard` deals the samples out, a new order each epoch, every sample to exactly one rank.
-#
-# The claim to check: $P$ ranks with $B$ samples each take the same steps as one rank with $PB$ samples.
+# Writing the allreduce into every training loop is tedious, so it is wrapped into the optimizer: `DistributedOptimizer` averages the gradients whenever Keras is about to apply them. `Shard` deals the samples out, a new order each epoch, every sample to exactly one rank. The function below trains the small network in any combination of the two: with or without averaging, on a share of the samples or on all of them. The rest of this notebook asks it for one combination after the other.
 
 
 # %%
-def ten_steps(batch_size: int, together: bool) -> list:
-    """Train ten steps, with the other ranks or alone on the large batch, and return the weights."""
+def averaging(optimizer):
+    from nurion_utils.training import DistributedOptimizer
+
+    return DistributedOptimizer(optimizer)
+
+
+def train_digits(average, sharded: bool, batch_size: int = 32, epochs: int = 3, steps: int | None = None, check=False):
+    """Train on every rank; return the weights, and per epoch the loss and the test error in per cent.
+
+    average: what is done to the optimizer, or None. sharded: a step takes `batch_size` samples on each rank, other
+    ones on each; otherwise every rank takes the samples of all. check: compare the ranks' weights after each epoch.
+    """
     import horovod.tensorflow as hvd
     import keras
 
-    from nurion_utils.training import DistributedOptimizer, models
     from nurion_utils.datasets import Shard, digits
+    from nurion_utils.training import BroadcastCallback, SyncCheckCallback, models
 
     hvd.init()
-    x, y, _, _ = digits.load()
+    x, y, x_test, y_test = digits.load()
     keras.utils.set_random_seed(1)
     network = models.mlp()
-    optimizer = keras.optimizers.Adam(1e-3)
-    if together:
-        optimizer = DistributedOptimizer(optimizer)
+    optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    network.compile(average(optimizer) if average else optimizer, loss, weighted_metrics=["accuracy"], jit_compile=False)
+    if sharded:
         shard = Shard(len(x), hvd.size(), hvd.rank(), batch_size, seed=0)
     else:
         shard = Shard(len(x), 1, 0, batch_size * hvd.size(), seed=0)
-    network.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    network.fit(shard.dataset(x, y), steps_per_epoch=10, verbose=0)
-    return network.get_weights()
+    history = network.fit(
+        shard.dataset(x, y),
+        steps_per_epoch=steps or shard.steps,
+        epochs=epochs,
+        validation_data=(x_test, y_test),
+        validation_batch_size=len(x_test),
+        callbacks=[BroadcastCallback()] + [SyncCheckCallback()] * check,
+        verbose=0,
+    )
+    errors = [100 * (1 - accuracy) for accuracy in history.history["val_accuracy"]]
+    return {"weights": network.get_weights(), "loss": history.history["loss"], "error": errors, "steps": shard.steps}
 
 
-together, alone = world.run(ten_steps, 32, True), world.run(ten_steps, 32, False)
+# %% [markdown]
+# (`BroadcastCallback` starts all ranks from rank 0's weights, whatever their seeds.)
+#
+# The claim to check: $P$ ranks with $B$ samples each take the same steps as one rank with $PB$ samples.
+
+# %%
+together = world.run(train_digits, averaging, sharded=True, epochs=1, steps=10)
+alone = world.run(train_digits, None, sharded=False, epochs=1, steps=10)
 
 # %%
 import pandas as pd
 
 
-def largest_difference(a: list, b: list) -> float:
-    return max(abs(first - second).max() for first, second in zip(a, b, strict=True))
+def largest_difference(a: dict, b: dict) -> float:
+    return max(abs(first - second).max() for first, second in zip(a["weights"], b["weights"], strict=True))
 
 
 equality = pd.Series(
@@ -173,43 +198,24 @@ equality.to_frame().style.format("{:.1e}")
 
 
 # %%
-def three_epochs(binding: str, check: bool = False) -> tuple[list, list]:
-    """Train digits with Horovod's own optimizer ("stock") or ours; return the weights and the loss per epoch."""
-    import horovod.tensorflow as hvd
-    import keras
+def stock(optimizer):
+    import horovod.keras
 
-    from nurion_utils.training import DistributedOptimizer, SyncCheckCallback, models
-    from nurion_utils.datasets import Shard, digits
-
-    hvd.init()
-    x, y, _, _ = digits.load()
-    keras.utils.set_random_seed(1)
-    network = models.mlp()
-    optimizer = keras.optimizers.SGD(0.1)
-    if binding == "stock":
-        import horovod.keras
-
-        optimizer = horovod.keras.DistributedOptimizer(optimizer)
-    else:
-        optimizer = DistributedOptimizer(optimizer)
-    shard = Shard(len(x), hvd.size(), hvd.rank(), 32, seed=0)
-    network.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
-    callbacks = [SyncCheckCallback()] if check else []
-    history = network.fit(
-        shard.dataset(x, y), steps_per_epoch=shard.steps, epochs=3, callbacks=callbacks, verbose=0
-    )
-    return network.get_weights(), history.history["loss"]
+    return horovod.keras.DistributedOptimizer(optimizer)
 
 
-trap = {binding: world.run(three_epochs, binding) for binding in ("stock", "ours")}
+trap = {
+    "stock": world.run(train_digits, stock, sharded=True),
+    "ours": world.run(train_digits, averaging, sharded=True),
+}
 
 # %%
 pd.DataFrame(
     {
-        "loss after epoch 1": {name: results[0][1][0] for name, results in trap.items()},
-        "loss after epoch 3": {name: results[0][1][-1] for name, results in trap.items()},
+        "loss after epoch 1": {name: results[0]["loss"][0] for name, results in trap.items()},
+        "loss after epoch 3": {name: results[0]["loss"][-1] for name, results in trap.items()},
         "difference between first and last rank": {
-            name: largest_difference(results[0][0], results[-1][0]) for name, results in trap.items()
+            name: largest_difference(results[0], results[-1]) for name, results in trap.items()
         },
     }
 ).style.format("{:.3f}")
@@ -222,7 +228,7 @@ pd.DataFrame(
 # %%
 caught = ""
 try:
-    world.run(three_epochs, "stock", True)
+    world.run(train_digits, stock, sharded=True, check=True)
 except ranks.RankError as error:
     caught = str(error)
     print(caught.splitlines()[0])
@@ -238,57 +244,27 @@ except ranks.RankError as error:
 #
 # **Predict:** which of the three curves of the test error will coincide, and where will the other one lie?
 
-
 # %%
-def train_digits(mode: str, epochs: int) -> list[float]:
-    """Test error in per cent after each epoch."""
-    import horovod.tensorflow as hvd
-    import keras
-
-    from nurion_utils.training import BroadcastCallback, DistributedOptimizer, models
-    from nurion_utils.datasets import Shard, digits
-
-    hvd.init()
-    x, y, x_test, y_test = digits.load()
-    keras.utils.set_random_seed(1)
-    network = models.mlp()
-    optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
-    callbacks = []
-    if mode == "together":
-        optimizer = DistributedOptimizer(optimizer)
-        callbacks = [BroadcastCallback()]  # starts all ranks from rank 0's weights, whatever their seeds
-    each = max(1, 64 // hvd.size())
-    if mode == "alone":
-        shard = Shard(len(x), 1, 0, each * hvd.size(), seed=0)
-    else:
-        shard = Shard(len(x), hvd.size(), hvd.rank(), each, seed=0)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    network.compile(optimizer, loss, weighted_metrics=["accuracy"])
-    history = network.fit(
-        shard.dataset(x, y),
-        steps_per_epoch=shard.steps,
-        epochs=epochs,
-        validation_data=(x_test, y_test),
-        validation_batch_size=len(x_test),
-        callbacks=callbacks,
-        verbose=0,
-    )
-    return [100 * (1 - accuracy) for accuracy in history.history["val_accuracy"]]
-
-
-errors = {mode: world.run(train_digits, mode, digit_epochs)[0] for mode in ("together", "alone", "apart")}
+modes = {"together": (averaging, True), "alone": (None, False), "apart": (None, True)}
+batch_size = max(1, 64 // n_ranks)
+errors = {
+    mode: world.run(train_digits, average, sharded, batch_size, digit_epochs)[0]["error"]
+    for mode, (average, sharded) in modes.items()
+}
 
 # %% alt="Test error in per cent against epoch for three runs. The curves of together and alone coincide; the curve of apart is another one."
 import matplotlib.pyplot as plt
 
-plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
-styles = {"together": dict(color="#0072B2", lw=4, alpha=0.5), "alone": dict(color="black", lw=1, marker="o", ms=4)}
-styles["apart"] = dict(color="#D55E00", lw=1.5, ls="--", marker="s", ms=4)
+styles = {
+    "together": dict(color=style.BLUE, lw=4, alpha=0.5),
+    "alone": dict(color=style.BLACK, lw=1, marker="o", ms=4),
+    "apart": dict(color=style.VERMILION, lw=1.5, ls="--", marker="s", ms=4),
+}
 figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
 for mode, values in errors.items():
     axis.plot(range(1, digit_epochs + 1), values, label=mode, **styles[mode])
 axis.set(xlabel="epoch", ylabel="test error, %", ylim=(0, None))
-axis.legend(frameon=False)
+axis.legend()
 plt.show()
 
 # %% [markdown]
@@ -315,15 +291,15 @@ for axis, (name, field) in zip((left, middle), fields.items(), strict=True):
     axis.set(title=name, xlabel="Mpc/h", ylabel="Mpc/h", xticks=(0, 256), yticks=(0, 256))
 figure.colorbar(image, ax=(left, middle), label="density / mean", shrink=0.8, extend="max")
 spectrum = volumes.power_spectrum(fields["$\\sigma_8$ = 0.95"])
-right.loglog(spectrum["k_h_per_mpc"], spectrum["power_mpc3_per_h3"], "o", ms=4, color="#0072B2", label="measured")
+right.loglog(spectrum["k_h_per_mpc"], spectrum["power_mpc3_per_h3"], "o", ms=4, color=style.BLUE, label="measured")
 wave_numbers = np.geomspace(spectrum["k_h_per_mpc"].min(), spectrum["k_h_per_mpc"].max(), 100)
 curve = volumes.theory(wave_numbers, extremes["$\\sigma_8$ = 0.95"])
-right.loglog(wave_numbers, curve, color="black", lw=1, label="theory")
+right.loglog(wave_numbers, curve, color=style.BLACK, lw=1, label="theory")
 right.set(xlabel="wave number k, h/Mpc", ylabel="power, (Mpc/h)$^3$", title="one volume, $\\sigma_8$ = 0.95")
 right.xaxis.set_major_locator(plt.FixedLocator([0.03, 0.1, 0.3]))
 right.xaxis.set_major_formatter("{x:g}")
 right.xaxis.set_minor_formatter("")
-right.legend(frameon=False)
+right.legend()
 plt.show()
 
 # %% [markdown]
@@ -387,13 +363,13 @@ trained = world.run(train_volumes, str(directory), volume_size, volume_epochs)[0
 # %% alt="Left: validation error per epoch, beside the dashed line of always guessing the mean. Right: predicted against true sigma 8 for the validation volumes, with the diagonal on which perfect predictions would lie."
 guess_error = float(np.mean((trained["true"] - trained["true"].mean(axis=0)) ** 2))
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-left.plot(range(1, volume_epochs + 1), trained["loss"], color="#0072B2", marker="o", ms=4, label="network")
-left.axhline(guess_error, color="black", ls="--", lw=1, label="always the mean")
+left.plot(range(1, volume_epochs + 1), trained["loss"], color=style.BLUE, marker="o", ms=4, label="network")
+left.axhline(guess_error, color=style.BLACK, ls="--", lw=1, label="always the mean")
 left.set(xlabel="epoch", ylabel="validation error (mean square)", ylim=(0, None))
-left.legend(frameon=False)
+left.legend()
 true, predicted = volumes.parameters_of(trained["true"]), volumes.parameters_of(trained["predicted"])
-right.plot(true[:, 1], predicted[:, 1], "o", ms=3, color="#0072B2")
-right.plot([0.78, 0.95], [0.78, 0.95], color="black", lw=1)
+right.plot(true[:, 1], predicted[:, 1], "o", ms=3, color=style.BLUE)
+right.plot([0.78, 0.95], [0.78, 0.95], color=style.BLACK, lw=1)
 right.set(xlabel="true $\\sigma_8$", ylabel="predicted $\\sigma_8$", aspect="equal")
 plt.show()
 
@@ -438,6 +414,7 @@ def time_steps(batch_per_rank: int, size: int, rounds: int, stages: tuple) -> "p
 
 
 # %%
+load = timing.OtherLoad()
 batch = 4
 counts = sorted({1, n_ranks} | {2**i for i in range(10) if 2**i < n_ranks})
 cores_per_rank = max(1, sites.load("local").node.cores // n_ranks)
@@ -454,6 +431,7 @@ for count in counts:
         strong = weak  # at full size the two are one and the same
     tables += [weak.assign(scaling="weak"), strong.assign(scaling="strong")]
 times = pd.concat(tables, ignore_index=True)
+others_cores = load.cores()
 
 # %%
 full_steps = times[times["stage"] == "allreduce"]
@@ -471,17 +449,17 @@ from nurion_utils.training import step_timing
 
 part_times = step_timing.parts(times[(times["ranks"] == n_ranks) & (times["scaling"] == "weak")])
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-for scaling, color, marker in (("weak", "#0072B2", "o"), ("strong", "#D55E00", "s")):
+for scaling, color, marker in (("weak", style.BLUE, "o"), ("strong", style.VERMILION, "s")):
     low, middle, high = quartiles.loc[scaling].to_numpy().T
     bars = [middle - low, high - middle]
     left.errorbar(counts, middle, yerr=bars, color=color, marker=marker, capsize=4, label=scaling)
-left.axhline(1, color="black", lw=0.8, ls=":")
+left.axhline(1, color=style.BLACK, lw=0.8, ls=":")
 left.set(xlabel="ranks", ylabel="parallel efficiency", ylim=(0, 1.25), xticks=counts)
-left.legend(frameon=False)
+left.legend()
 middle = part_times["time_s"] * 1e3
 bars = [middle - part_times["low_s"] * 1e3, part_times["high_s"] * 1e3 - middle]
-right.barh(part_times["part"], middle, xerr=bars, color="#999999", capsize=4)
-right.axvline(0, color="black", lw=0.8)
+right.barh(part_times["part"], middle, xerr=bars, color=style.GREY, capsize=4)
+right.axvline(0, color=style.BLACK, lw=0.8)
 right.invert_yaxis()
 right.set(xlabel="time per step, ms")
 plt.show()
@@ -507,12 +485,15 @@ print(f"each of {n_ranks}, batch {strong_p['batch_per_rank']:.0f}: {strong_p['st
 #
 # On a large machine the first one grows. The next notebook builds the *ring-allreduce* and derives its time: $2(P-1)\alpha + 2\frac{P-1}{P}N\beta$ for $P$ ranks and $N$ bytes, where $\alpha$ is the time a message takes however short it is, and $\beta$ the time per byte.
 #
-# CosmoFlow has 28.15 MB of gradients and computed 129 ms per step on one node. Take $\alpha = 2$ µs and 8 GB/s, plausible values for such a network, not measured ones.
+# CosmoFlow has 7.04 million weights, so 28.2 MB of gradients, and computed 129 ms per step on one node. Take $\alpha = 2$ µs and 8 GB/s, plausible values for such a network, not measured ones.
 #
 # **Predict:** does the efficiency at 8192 nodes suffer from the size of the gradients or from the number of messages?
 
 # %%
-alpha_s, bandwidth, gradient_bytes, compute_s = 2e-6, 8e9, 28.15e6, 0.129
+from nurion_utils.training import models
+
+alpha_s, bandwidth, compute_s = 2e-6, 8e9, 0.129
+gradient_bytes = 4 * models.COSMOFLOW_WEIGHTS
 nodes = np.array([2, 64, 512, 1024, 8192])
 latency_s = 2 * (nodes - 1) * alpha_s
 transfer_s = 2 * (nodes - 1) / nodes * gradient_bytes / bandwidth
@@ -565,9 +546,9 @@ memory_table.style.hide(axis="index").format({"GB": "{:.1f}"})
 # %% alt="Bars of the memory that ResNet-50 takes with 512 images on a node, by component; the activations take nearly all of it, the limit of 82 GB is marked."
 components = footprint["ResNet-50"].table(512)
 figure, axis = plt.subplots(figsize=(6, 2.4), layout="constrained")
-bars = axis.barh(components["component"], components["size_bytes"] / 1e9, color="#0072B2")
+bars = axis.barh(components["component"], components["size_bytes"] / 1e9, color=style.BLUE)
 axis.bar_label(bars, fmt="{:.2f}", padding=3)
-axis.axvline(nurion.node.memory_usable_gb, color="black", ls="--", lw=1)
+axis.axvline(nurion.node.memory_usable_gb, color=style.BLACK, ls="--", lw=1)
 axis.text(nurion.node.memory_usable_gb - 1, 0, "a Nurion node", ha="right", va="center")
 axis.set(xlabel="memory for ResNet-50 with 512 images per node, GB", xlim=(0, 90))
 axis.invert_yaxis()
@@ -662,35 +643,16 @@ split.style.format({"largest difference to the whole network": "{:.1e}", "weight
 #
 # **Lab 1, unsharded data.** A frequent bug: every rank loads *all* the data, in the same order. Everything runs, gradients are averaged, the loss falls. But all ranks compute the same gradient.
 
-
 # %%
-def unsharded(epochs: int) -> tuple[list, int]:
-    import horovod.tensorflow as hvd
-    import keras
-
-    from nurion_utils.training import DistributedOptimizer, models
-    from nurion_utils.datasets import Shard, digits
-
-    hvd.init()
-    x, y, _, _ = digits.load()
-    keras.utils.set_random_seed(1)
-    network = models.mlp()
-    shard = Shard(len(x), world_size=1, rank=0, batch_size=32, seed=0)  # the bug: should be hvd.size(), hvd.rank()
-    network.compile(
-        DistributedOptimizer(keras.optimizers.SGD(0.1)), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    )
-    network.fit(shard.dataset(x, y), steps_per_epoch=shard.steps, epochs=epochs, verbose=0)
-    right = Shard(len(x), hvd.size(), hvd.rank(), 32, seed=0)
-    return network.get_weights(), shard.steps / right.steps
-
-
 if failure_labs:
-    (weights, ratio), *_ = world.run(unsharded, 2)
+    each = 32 // n_ranks
+    buggy = world.run(train_digits, averaging, sharded=False, batch_size=each, epochs=2)[0]
+    right = world.run(train_digits, averaging, sharded=True, batch_size=each * n_ranks, epochs=2)[0]
     with ranks.start(1) as single:
-        (weights_alone, _), *_ = single.run(unsharded, 2)
-    print(f"difference to one rank alone: {largest_difference(weights, weights_alone):.1e}")
-    print(f"steps per epoch: {ratio:.2f} times as many as with shards")
-    assert largest_difference(weights, weights_alone) < 1e-5
+        one_rank = single.run(train_digits, None, sharded=True, batch_size=each * n_ranks, epochs=2)[0]
+    print(f"difference to one rank alone: {largest_difference(buggy, one_rank):.1e}")
+    print(f"steps per epoch: {buggy['steps'] / right['steps']:.2f} times as many as with shards")
+    assert largest_difference(buggy, one_rank) < 1e-5
 
 # %% [markdown]
 # The result is that of one rank, at the price of all. The sign in real life: the time of an epoch does not fall when ranks are added. Count your samples.
@@ -736,7 +698,6 @@ if failure_labs:
 
 # %% [markdown]
 # The run is lost, and the last checkpoint is what remains. **Elastic** training loses less: each rank keeps a copy of the last commit in memory, and when one disappears the others go back to it and go on without. Their global batch is smaller then; a careful program adapts its learning rate.
-
 
 
 # %%
@@ -851,7 +812,7 @@ assert max(efficiency_32, efficiency_128) <= 1, "Give a fraction of 1, not per c
 assert abs(efficiency_32 - 0.75) < 0.01, "One rank needs 90 ms per step, many ranks 120 ms for the same work per rank."
 assert efficiency_128 > efficiency_32, "Computing grows with the batch, the allreduce does not: the efficiency rises."
 assert abs(efficiency_128 - 360 / 390) < 0.01, "360 ms of computing, and still 30 ms of allreduce."
-print("Right. This is one half of the case for large batches; a later notebook is about the other half.")
+print("Right. This is one half of the case for large batches; notebook 05 is about the other half.")
 
 # %%
 world.stop()
@@ -862,15 +823,18 @@ import shutil
 shutil.rmtree(directory)
 assert max(by_hand) < 1e-12
 assert equality.iloc[0] == 0 and equality.iloc[1] < 1e-6
-assert largest_difference(trap["stock"][0][0], trap["stock"][-1][0]) > 1e-3, "the stock binding reduces after all"
-assert largest_difference(trap["ours"][0][0], trap["ours"][-1][0]) == 0
-assert all(losses[-1] < losses[0] for results in trap.values() for _, losses in results)
+assert largest_difference(trap["stock"][0], trap["stock"][-1]) > 1e-3, "the stock binding reduces after all"
+assert largest_difference(trap["ours"][0], trap["ours"][-1]) == 0
+assert all(result["loss"][-1] < result["loss"][0] for results in trap.values() for result in results)
 assert "no longer agree" in caught
 assert abs(errors["together"][-1] - errors["alone"][-1]) < 1.0 and errors["together"][-1] < 8
 assert trained["loss"][-1] < 0.85 * guess_error, "the network did not learn"
 assert error_of[1] / spread[1] < 0.8, "sigma_8 should be clearly better than the mean"
 assert (split["largest difference to the whole network"] < 1e-6).all()
-assert passes > 0.5 * whole_step, "the two passes should take most of a step"
+if others_cores < 0.5:
+    assert passes > 0.5 * whole_step, "the two passes should take most of a step"
+else:
+    print(f"too noisy to tell whether the two passes take most of a step: {others_cores:.1f} cores were taken by others")
 assert latency_s[-1] > transfer_s[-1] and abs(predicted_efficiency[-1] - 0.77) < 0.05
 assert memory_table.set_index(["model", "batch per node"])["fits a Nurion node"]["ResNet-50"].to_dict() == {512: True, 1024: False}
 

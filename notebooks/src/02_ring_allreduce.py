@@ -67,8 +67,10 @@ print(array)
 # Right on all ranks. But rank 0 received $(P-1)N$ bytes and sent as many, while the others' links were idle most of the time. What does that mean for the 28 MB of CosmoFlow's gradient on all of Nurion's nodes?
 
 # %%
+from nurion_utils.training import models
+
 link = allreduce.Link.of(nurion)
-gradient_bytes = 4 * 7_041_443  # CosmoFlow has so many parameters, float32
+gradient_bytes = 4 * models.COSMOFLOW_WEIGHTS  # float32
 naive_s = allreduce.time(allreduce.naive(nurion.node.count), gradient_bytes, link)
 print(
     f"{nurion.node.count} nodes: {(nurion.node.count - 1) * gradient_bytes / 1e9:.0f} GB in, as much out: {naive_s:.0f} s"
@@ -487,7 +489,7 @@ for per_node in (1, 2, 4, 16):
     nodes = tree_of_nodes.in_order(n, ranks_per_node=per_node)
     for name, schedule in {"ring": allreduce.ring(n), "hierarchical": allreduce.hierarchical(n, per_node)}.items():
         leaving = sum(int((nodes[step.source] != nodes[step.destination]).sum()) for step in schedule.steps)
-        small, large = (allreduce.simulate(schedule, size, tree_of_nodes, nodes).time_s.sum() for size in (1024, 28e6))
+        small, large = (allreduce.simulate(schedule, size, tree_of_nodes, nodes).time_s.sum() for size in (1024, gradient_bytes))
         rows.append((per_node, name, leaving // n_nodes, small * 1e3, large * 1e3))
 columns = ["ranks per node", "algorithm", "messages that leave each node", "1 kB, ms", "28 MB, ms"]
 layered = pd.DataFrame(rows, columns=columns).set_index(["ranks per node", "algorithm"])

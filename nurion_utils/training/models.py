@@ -13,13 +13,15 @@ from nurion_utils._checks import one_of
 if TYPE_CHECKING:
     import keras
 
+COSMOFLOW_WEIGHTS = 7_041_443  # that train, for 3 outputs, as the authors' code counts them
+
 
 def cosmoflow(outputs: int = 3) -> keras.Model:
     """The CosmoFlow network at full size: volumes of 128^3, 7 convolutions, 3 dense layers.
 
     Read in the authors' code (github.com/NERSC/cosmoflow, CosmoNet.py, which goes with Mathuriya et al. 2018,
     arXiv 1808.04728): kernels, channels, strides, unpadded convolutions, average pooling, widths of the dense
-    layers, Glorot initialisation and biases of 0.1. The code counts 7,041,443 parameters for 3 outputs, and
+    layers, Glorot initialisation and biases of 0.1. The code counts `COSMOFLOW_WEIGHTS` for 3 outputs, and
     a log of its runs 7,041,186 for 2; this network has exactly as many. As float32 gradients they are
     28.17 MB; the paper's figure is remembered as 28.15 MB.
 
