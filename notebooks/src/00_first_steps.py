@@ -207,7 +207,9 @@ pd.DataFrame(
 
 # %%
 for name, node in nurion.partitions.items():
-    print(f"{name}: {node.count} x {node.cores} cores x {node.clock_ghz} GHz x {node.flop_per_cycle} operations per cycle")
+    print(
+        f"{name}: {node.count} x {node.cores} cores x {node.clock_ghz} GHz x {node.flop_per_cycle} operations per cycle"
+    )
 print(f"together {nurion.rpeak_pflops:.2f} PF")
 
 # %% [markdown]
@@ -248,7 +250,9 @@ if not close_to(wanted):
         "You subtracted the sum: divide what the allreduce returns by comm.size."
     )
     assert not close_to([-value for value in wanted]), "The sign is the other way round: own measurement minus mean."
-    assert not close_to([0.0] * n_ranks), "All are 0: each rank subtracted its own value; the mean needs comm.allreduce."
+    assert not close_to([0.0] * n_ranks), (
+        "All are 0: each rank subtracted its own value; the mean needs comm.allreduce."
+    )
     raise AssertionError(f"Expected {wanted}, the ranks returned {deviations}.")
 print("Right:", deviations)
 

@@ -141,7 +141,9 @@ def train_digits(average, sharded: bool, batch_size: int = 32, epochs: int = 3, 
     network = models.mlp()
     optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    network.compile(average(optimizer) if average else optimizer, loss, weighted_metrics=["accuracy"], jit_compile=False)
+    network.compile(
+        average(optimizer) if average else optimizer, loss, weighted_metrics=["accuracy"], jit_compile=False
+    )
     if sharded:
         shard = Shard(len(x), hvd.size(), hvd.rank(), batch_size, seed=0)
     else:
@@ -336,8 +338,8 @@ def train_volumes(directory: str, size: int, epochs: int) -> dict:
     import horovod.tensorflow as hvd
     import keras
 
-    from nurion_utils.training import BroadcastCallback, DistributedOptimizer, models
     from nurion_utils.datasets import Shard, volumes
+    from nurion_utils.training import BroadcastCallback, DistributedOptimizer, models
 
     hvd.init()
     reader = volumes.Volumes(Path(directory) / "train")
@@ -469,8 +471,12 @@ passes = part_times.set_index("part")["time_s"][["forward pass", "backward pass"
 whole_step = part_times["time_s"].sum()
 print(f"forward and backward pass: {passes / whole_step:.0%} of the step")
 strong_1, strong_p = scaling_table.loc[("strong", 1)], scaling_table.loc[("strong", n_ranks)]
-print(f"one rank, batch {strong_1['batch_per_rank']:.0f}: {strong_1['step_s'] / strong_1['batch_per_rank'] * 1e3:.1f} ms per sample")
-print(f"each of {n_ranks}, batch {strong_p['batch_per_rank']:.0f}: {strong_p['step_s'] / strong_p['batch_per_rank'] * 1e3:.1f} ms per sample")
+print(
+    f"one rank, batch {strong_1['batch_per_rank']:.0f}: {strong_1['step_s'] / strong_1['batch_per_rank'] * 1e3:.1f} ms per sample"
+)
+print(
+    f"each of {n_ranks}, batch {strong_p['batch_per_rank']:.0f}: {strong_p['step_s'] / strong_p['batch_per_rank'] * 1e3:.1f} ms per sample"
+)
 
 # %% [markdown]
 # Three things can eat efficiency, and the figures tell them apart only as far as their bars allow:
@@ -499,8 +505,15 @@ latency_s = 2 * (nodes - 1) * alpha_s
 transfer_s = 2 * (nodes - 1) / nodes * gradient_bytes / bandwidth
 predicted_efficiency = compute_s / (compute_s + latency_s + transfer_s)
 pd.DataFrame(
-    {"nodes": nodes, "latency, ms": latency_s * 1e3, "transfer, ms": transfer_s * 1e3, "efficiency": predicted_efficiency}
-).style.hide(axis="index").format("{:.1f}", subset=["latency, ms", "transfer, ms"]).format("{:.2f}", subset=["efficiency"])
+    {
+        "nodes": nodes,
+        "latency, ms": latency_s * 1e3,
+        "transfer, ms": transfer_s * 1e3,
+        "efficiency": predicted_efficiency,
+    }
+).style.hide(axis="index").format("{:.1f}", subset=["latency, ms", "transfer, ms"]).format(
+    "{:.2f}", subset=["efficiency"]
+)
 
 # %% [markdown]
 # The transfer hardly depends on the number of nodes, as promised for the ring; the number of messages does, and at 8192 nodes it dominates. The published efficiency of CosmoFlow at 8192 nodes is 77 % (Mathuriya and others, 2018). That the formula comes so close should not impress too much: it hides nothing behind the backward pass, knows no slow nodes, and the values of $\alpha$ and the bandwidth were assumed. It shows which of the terms to watch.
@@ -615,7 +628,7 @@ if comm.rank == 0:
     split = tape.gradient(activations, front.trainable_weights, output_gradients=tf.constant(from_above))
     reference = unsplit[:2]
 weights_here = sum(int(tf.size(gradient)) for gradient in split)
-largest = max((float(tf.reduce_max(abs(a - b))) for a, b in zip(split, reference)), default=0.0)
+largest = max((float(tf.reduce_max(abs(a - b))) for a, b in zip(split, reference, strict=True)), default=0.0)
 
 # %%
 pair = world.client[:2]
@@ -709,8 +722,8 @@ def train_elastically(epochs: int) -> tuple[int, float]:
     import horovod.tensorflow as hvd
     import keras
 
-    from nurion_utils.training import DistributedOptimizer, ElasticState, elastic_run, models
     from nurion_utils.datasets import Shard, digits
+    from nurion_utils.training import DistributedOptimizer, ElasticState, elastic_run, models
 
     x, y, x_test, y_test = digits.load()
     keras.utils.set_random_seed(1)
@@ -792,7 +805,9 @@ assert megabytes is not None and megabytes_double_batch is not None, "Put your n
 assert abs(megabytes - 102.4) > 5, "That is N: the ring sends almost every byte twice, to add it up and to hand it out."
 assert abs(megabytes - 204.8) > 5, "Almost: with P = 8, the factor (P - 1)/P is 7/8."
 assert abs(megabytes / 179.2 - 1) < 0.01, "N is 25.6 million weights of 4 bytes, 102.4 MB; put it into the formula."
-assert abs(megabytes_double_batch / megabytes - 1) < 0.01, "A gradient has the shape of its weights, whatever the batch."
+assert abs(megabytes_double_batch / megabytes - 1) < 0.01, (
+    "A gradient has the shape of its weights, whatever the batch."
+)
 print(f"Right: {megabytes:.1f} MB, for any batch.")
 
 # %% [markdown]
@@ -834,9 +849,14 @@ assert (split["largest difference to the whole network"] < 1e-6).all()
 if others_cores < 0.5:
     assert passes > 0.5 * whole_step, "the two passes should take most of a step"
 else:
-    print(f"too noisy to tell whether the two passes take most of a step: {others_cores:.1f} cores were taken by others")
+    print(
+        f"too noisy to tell whether the two passes take most of a step: {others_cores:.1f} cores were taken by others"
+    )
 assert latency_s[-1] > transfer_s[-1] and abs(predicted_efficiency[-1] - 0.77) < 0.05
-assert memory_table.set_index(["model", "batch per node"])["fits a Nurion node"]["ResNet-50"].to_dict() == {512: True, 1024: False}
+assert memory_table.set_index(["model", "batch per node"])["fits a Nurion node"]["ResNet-50"].to_dict() == {
+    512: True,
+    1024: False,
+}
 
 # %% [markdown]
 # ## What to take along

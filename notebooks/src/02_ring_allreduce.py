@@ -489,7 +489,9 @@ for per_node in (1, 2, 4, 16):
     nodes = tree_of_nodes.in_order(n, ranks_per_node=per_node)
     for name, schedule in {"ring": allreduce.ring(n), "hierarchical": allreduce.hierarchical(n, per_node)}.items():
         leaving = sum(int((nodes[step.source] != nodes[step.destination]).sum()) for step in schedule.steps)
-        small, large = (allreduce.simulate(schedule, size, tree_of_nodes, nodes).time_s.sum() for size in (1024, gradient_bytes))
+        small, large = (
+            allreduce.simulate(schedule, size, tree_of_nodes, nodes).time_s.sum() for size in (1024, gradient_bytes)
+        )
         rows.append((per_node, name, leaving // n_nodes, small * 1e3, large * 1e3))
 columns = ["ranks per node", "algorithm", "messages that leave each node", "1 kB, ms", "28 MB, ms"]
 layered = pd.DataFrame(rows, columns=columns).set_index(["ranks per node", "algorithm"])
@@ -549,8 +551,8 @@ def twenty_steps(with_what: str) -> tuple:
     from mpi4py import MPI
 
     from nurion_utils import allreduce
-    from nurion_utils.training import DistributedOptimizer, models
     from nurion_utils.datasets import Shard, digits
+    from nurion_utils.training import DistributedOptimizer, models
 
     comm = MPI.COMM_WORLD
     ring = allreduce.ring(comm.size)

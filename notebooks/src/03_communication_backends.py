@@ -57,9 +57,6 @@ world.client[:]["folder"] = str(files)  # a variable of this name on every rank
 
 # %%
 # %%px --no-stream
-import os
-import time
-
 import horovod.tensorflow as hvd
 import tensorflow as tf
 from mpi4py import MPI
@@ -90,7 +87,7 @@ def train_step():
             slope = tf.matmul(slope, layers[i], transpose_b=True)
     with tf.control_dependencies([slope]):
         end = tf.timestamp()
-    for weights, average in zip(reversed(layers), averages):
+    for weights, average in zip(reversed(layers), averages, strict=True):
         weights.assign_sub(0.001 * average)
     return begin, end
 
@@ -145,9 +142,9 @@ plt.show()
 
 # %%
 drawn = fused[(fused["phase"] == "wire") & (fused["start_s"] >= first_s)].astype({"tensor": str})
-drawn.groupby("buffer").agg(tensors=("tensor", "nunique"), first=("tensor", "max"), last=("tensor", "min"), ms=("duration_s", "max")).assign(
-    ms=lambda table: (table["ms"] * 1e3).round(2)
-)
+drawn.groupby("buffer").agg(
+    tensors=("tensor", "nunique"), first=("tensor", "max"), last=("tensor", "min"), ms=("duration_s", "max")
+).assign(ms=lambda table: (table["ms"] * 1e3).round(2))
 
 # %% [markdown]
 # One row per transfer of the picture: how many gradients travelled in it, from which layer to which, and how long. A transfer that begins while a rank computes may carry one gradient and take longer than the next one with twenty. Not because of its bytes: a rank has one core here, and the thread that communicates hardly gets it while the other one computes. So hidden is not the same as free. What is exposed is the least that communication costs, and all of it only where the thread that communicates has a core of its own.
@@ -182,7 +179,9 @@ computed = traced("unfused", fusion_bytes=0)
 
 # %% alt="The end of one training step without fusion: the lanes for copying into and out of buffers are empty, and one transfer follows the other, one per layer, each with the number of a buffer of its own."
 unfused, compute_unfused = read_trace("unfused")
-end_s = compute_unfused[(compute_unfused["step"] == 4) & (compute_unfused["rank"] == 0)].eval("start_s + duration_s").item()
+end_s = (
+    compute_unfused[(compute_unfused["step"] == 4) & (compute_unfused["rank"] == 0)].eval("start_s + duration_s").item()
+)
 figure = draw.timeline(unfused, compute_unfused, first_s=end_s - 0.002, last_s=end_s + 0.008)
 plt.show()
 
@@ -221,7 +220,9 @@ swept["label"] = [labels[number] for number in swept["setting"]]
 swept["added_ms"] = (swept["step_s"] - swept["compute_s"]) * 1e3
 medians = swept.groupby("label")["added_ms"].median()[labels]
 figure, axis = plt.subplots(figsize=(6.4, 2.8), layout="constrained")
-axis.barh(labels, medians, color=["#0072B2" if label == "defaults" else "#BBBBBB" for label in labels], ec="black", lw=0.5)
+axis.barh(
+    labels, medians, color=["#0072B2" if label == "defaults" else "#BBBBBB" for label in labels], ec="black", lw=0.5
+)
 axis.plot(swept["added_ms"], swept["label"], "k.", ms=4)
 compute_ms = swept["compute_s"].median() * 1e3
 axis.set(xlabel=f"communicating adds to a step, ms (computing alone takes {compute_ms:.0f} ms)", xlim=(0, None))
@@ -256,7 +257,9 @@ plt.show()
 best = search.loc[search["score"].idxmax()]
 defaults = swept[swept["label"] == "defaults"]
 by_default = (defaults["gradient_bytes"] / defaults["step_s"]).median() / 1e6
-print(f"best: cycle {best['cycle_ms']:.1f} ms, {best['fusion_mb']:.0f} MiB, {best['score']:.0f} bytes per µs; defaults, measured above: {by_default:.0f}")
+print(
+    f"best: cycle {best['cycle_ms']:.1f} ms, {best['fusion_mb']:.0f} MiB, {best['score']:.0f} bytes per µs; defaults, measured above: {by_default:.0f}"
+)
 
 # %% [markdown]
 # The range that it searches, 1 to 100 ms and up to 64 MiB, was made for slower networks and larger models. Here any buffer of 2 MiB holds all gradients, so only the cycle matters: up to about the length of a step, some 10 ms, points may score well, and with longer cycles they score badly, since a step cannot end before the next cycle has begun. What is scored are whole steps, so a setting that slows the computing is found out as well.
@@ -326,7 +329,9 @@ took_ms = chosen.pivot_table(index=["memory", "backend"], columns="size_bytes", 
 print("measured here" if live else recorded["source"].iloc[0])
 shown = {}
 for memory in ("freed", "kept"):
-    faster = timing.ratios(chosen[chosen["memory"] == memory], "MPI", "backend", by=["size_bytes"]).pivot(index="backend", columns="size_bytes", values="speedup")
+    faster = timing.ratios(chosen[chosen["memory"] == memory], "MPI", "backend", by=["size_bytes"]).pivot(
+        index="backend", columns="size_bytes", values="speedup"
+    )
     for backend in ("MPI", "oneCCL", "oneCCL ring"):
         ratio = [f"  ({faster.loc[backend, size]:.2f} x)" if backend != "MPI" else "" for size in took_ms]
         shown[memory, backend] = [f"{ms:.2f} ms{x}" for ms, x in zip(took_ms.loc[memory, backend], ratio, strict=True)]
@@ -344,9 +349,13 @@ pd.DataFrame(shown, index=took_ms.columns).T.rename_axis(index=["memory", "backe
 # The reason is two threads on one core, a sender and a watcher. The sender holds a lock on the socket while it sends. The answer is there before the sender has let go, so Linux wakes the watcher. The watcher cannot get the lock, and asks Linux whether there is news (`epoll_wait`); there is, the lock is still taken, and it asks again. With that it keeps the core, and the sender from letting go, until Linux takes the core away from it, milliseconds later. In the Horovod of this course the watcher gives the core up instead, one call of `sched_yield` (`tools/horovod_wheel.py`). `backends.GLOO_AS_SHIPPED` has it poll as before. **Predict** for which sizes it matters, and whether it does on 4 ranks, where each core has two ranks to serve.
 
 # %%
-gloo = recorded[(recorded["cycle_ms"] == 0.1) & (recorded["memory"] == "freed") & recorded["backend"].str.startswith("Gloo")]
+gloo = recorded[
+    (recorded["cycle_ms"] == 0.1) & (recorded["memory"] == "freed") & recorded["backend"].str.startswith("Gloo")
+]
 took_ms = gloo.pivot_table(index="size_bytes", columns=["ranks", "backend"], values="time_s", aggfunc="median") * 1e3
-mended = timing.ratios(gloo, "Gloo as shipped", "backend", by=["ranks", "size_bytes"]).pivot(index="size_bytes", columns="ranks", values="speedup")
+mended = timing.ratios(gloo, "Gloo as shipped", "backend", by=["ranks", "size_bytes"]).pivot(
+    index="size_bytes", columns="ranks", values="speedup"
+)
 print(f"{origin}; the last column of each is the median over the turns")
 pd.DataFrame(
     {
@@ -377,6 +386,7 @@ resnet = backends.measure_epochs(["MPI", "oneCCL ring"], n_ranks, image=image, s
 shares = resnet.groupby("backend")[["epoch_s", "communication_s", "communication_share", "images_per_s"]].median()
 shares.round(3)
 
+
 # %%
 def gains(table: pd.DataFrame) -> pd.DataFrame:
     """How many times as fast as over MPI an epoch is, by turns; the share and the speedup of its communication."""
@@ -392,7 +402,9 @@ predicted = 1 / ((1 - share) + share / faster)
 rest_ms = (shares["epoch_s"] - shares["communication_s"]) * 1e3
 print(f"communication {faster:.2f} times as fast, {share:.0%} of an epoch over MPI")
 print(f"the rest: {rest_ms['MPI']:.0f} ms over MPI, {rest_ms['oneCCL ring']:.0f} ms over oneCCL")
-print(f"epoch {gain['speedup']:.2f} times as fast ({gain['low']:.2f} to {gain['high']:.2f}); from share and ratio: {predicted:.2f}")
+print(
+    f"epoch {gain['speedup']:.2f} times as fast ({gain['low']:.2f} to {gain['high']:.2f}); from share and ratio: {predicted:.2f}"
+)
 
 # %% [markdown]
 # Two things lie between the ratio of a single allreduce and that of an epoch.
@@ -414,7 +426,9 @@ error = [[gain["speedup"] - gain["low"]], [gain["high"] - gain["speedup"]]]
 left.bar([f"here,\n{n_ranks} ranks"], [gain["speedup"]], yerr=error, color="#D55E00", ec="black", lw=0.6, capsize=4)
 for study, label in (("Nurion", "Nurion,\npublished"), ("Intel and Amazon", "Intel, Amazon,\npublished")):
     low, high = published.loc[study, ["speedup_low", "speedup_high"]]
-    left.bar([label], [(low + high) / 2], yerr=(high - low) / 2, color="white", hatch="///", ec="black", lw=0.6, capsize=4)
+    left.bar(
+        [label], [(low + high) / 2], yerr=(high - low) / 2, color="white", hatch="///", ec="black", lw=0.6, capsize=4
+    )
 left.axhline(1, color="black", lw=0.6, ls=":")
 left.set(ylabel="speedup by the other library", ylim=(0, 2.5))
 left.tick_params(axis="x", labelsize=8)
@@ -467,7 +481,10 @@ elsewhere.round(2)
 quickly = recorded[(recorded["cycle_ms"] == 0.1) & (recorded["memory"] == "freed")]
 worker = timing.ratios(quickly, "MPI", "backend", by=["ranks", "size_bytes"])
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained", sharey=True)
-LOOKS = {"oneCCL ring": ("with worker thread", "#D55E00", "^", "-"), "oneCCL ring, no worker": ("without", "#0072B2", "o", "--")}
+LOOKS = {
+    "oneCCL ring": ("with worker thread", "#D55E00", "^", "-"),
+    "oneCCL ring, no worker": ("without", "#0072B2", "o", "--"),
+}
 for axis, n in zip(axes, (2, 4), strict=True):
     for backend, (label, colour, marker, dashes) in LOOKS.items():
         rows = worker[(worker["backend"] == backend) & (worker["ranks"] == n)]
@@ -542,8 +559,8 @@ def trained(how: str) -> list:
     import keras
     from mpi4py import MPI
 
-    from nurion_utils.training import DistributedOptimizer, models
     from nurion_utils.datasets import Shard, digits
+    from nurion_utils.training import DistributedOptimizer, models
 
     comm = MPI.COMM_WORLD
 
@@ -574,6 +591,7 @@ print(f"largest difference of a weight from Horovod's: {difference:.1g}; between
 #
 # **1. Bus bandwidth.** A colleague's allreduce of 100 MB takes 20 ms on 2 ranks, and 35 ms on 64. On which is the network used better? Write the function, in GB/s (10^9 bytes).
 
+
 # %% tags=["exercise"]
 def bus_bandwidth(size_bytes: float, time_s: float, n_ranks: int) -> float:
     result = None
@@ -591,7 +609,9 @@ better_used_on = 64  # 5.6 GB/s against 5.0
 # %% tags=["check"]
 assert bus_bandwidth(1e8, 0.02, 2) is not None, "Nothing is computed yet: put the formula in place of the dots."
 assert abs(bus_bandwidth(1e9, 1.0, 2) - 1) < 1e-9, "Two ranks, 1 GB in 1 s: 2 (P-1)/P is 1, so it should be 1 GB/s."
-assert abs(bus_bandwidth(1e8, 0.035, 64) - 5.625) < 1e-9, "Each of 64 ranks must move 2 * 63/64 of the array; and GB are 10^9 bytes."
+assert abs(bus_bandwidth(1e8, 0.035, 64) - 5.625) < 1e-9, (
+    "Each of 64 ranks must move 2 * 63/64 of the array; and GB are 10^9 bytes."
+)
 assert better_used_on in (2, 64), "Put 2 or 64 in place of the dots."
 assert better_used_on == 64, f"Compare {bus_bandwidth(1e8, 0.02, 2):.2f} with {bus_bandwidth(1e8, 0.035, 64):.2f} GB/s."
 print("Right: the time grew, but so did what had to be moved, nearly twofold.")
@@ -624,10 +644,16 @@ mean_wait_s = float(ready.groupby("tensor")["start_s"].agg(lambda times: times.m
 assert late_rank is not None and mean_wait_s is not None, "Put your two answers in place of the dots."
 assert late_rank in range(4), "The ranks are numbered from 0 to 3."
 times = ready.pivot(index="tensor", columns="rank", values="start_s")
-assert late_rank == times.idxmax(axis=1).mode()[0], "Find the row with the largest start_s of each tensor, and count its ranks."
+assert late_rank == times.idxmax(axis=1).mode()[0], (
+    "Find the row with the largest start_s of each tensor, and count its ranks."
+)
 waits = times.max(axis=1) - times.min(axis=1)
-assert abs(mean_wait_s - waits.mean()) < 1e-6, "Of each tensor the largest start_s less the smallest; then the mean, in seconds."
-print(f"Right: rank {late_rank}, and {mean_wait_s * 1e3:.1f} ms. A faster library would not help: look at what that rank does.")
+assert abs(mean_wait_s - waits.mean()) < 1e-6, (
+    "Of each tensor the largest start_s less the smallest; then the mean, in seconds."
+)
+print(
+    f"Right: rank {late_rank}, and {mean_wait_s * 1e3:.1f} ms. A faster library would not help: look at what that rank does."
+)
 
 # %% [markdown]
 # **3. What is it worth?** oneCCL makes your communication 1.9 times as fast. How many times as fast is an epoch of which communication is 20 %, and one of which it is 80 %? And which share would give 1.8?

@@ -59,7 +59,9 @@ limits
 # %%
 published = recordings.load("published_io")
 cosmoflow = published[published["case"] == "CosmoFlow"].set_index("storage")
-cosmoflow[cosmoflow["quantity"].isin(["largest job", "parallel efficiency"])][["machine", "nodes", "quantity", "value", "outcome", "source"]]
+cosmoflow[cosmoflow["quantity"].isin(["largest job", "parallel efficiency"])][
+    ["machine", "nodes", "quantity", "value", "outcome", "source"]
+]
 
 # %% [markdown]
 # By division Cori's Lustre feeds 11,290 nodes. The real one could not go past 1024, where the demand is 63.5 GB/s, **9 % of its bandwidth**. The burst buffer carried 8192 nodes, with 77 % of the speed that 8192 single nodes would have. (*Nurion paper* is the report of KISTI, the institute that runs Nurion, on large-scale deep learning there, 2018/19, in Korean.)
@@ -165,7 +167,9 @@ figure = draw.throughput(choking, lustre)
 # %%
 both = choking.pivot(index=["readers", "seed"], columns="kind", values="throughput_gb_per_s")
 deviation = both["simulated"] / both["measured"] - 1
-print(f"simulated against measured: {100 * deviation.median():+.1f} % in the median, {100 * deviation.abs().max():.1f} % at most")
+print(
+    f"simulated against measured: {100 * deviation.median():+.1f} % in the median, {100 * deviation.abs().max():.1f} % at most"
+)
 print(f"(other programs took {choking_others:.1f} of this machine's cores meanwhile, and delayed readers)")
 
 # %% [markdown]
@@ -330,7 +334,12 @@ with open(victim, "r+b") as file:
     file.write(bytes([byte[0] ^ 1]))
 os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns))
 
-print("without verify:", staging.stage(source, copy).copied_files, "files copied; still damaged:", victim.read_bytes() != (source / victim.name).read_bytes())
+print(
+    "without verify:",
+    staging.stage(source, copy).copied_files,
+    "files copied; still damaged:",
+    victim.read_bytes() != (source / victim.name).read_bytes(),
+)
 verified = staging.stage(source, copy, world, verify=True)
 print("with verify:   ", verified)
 assert verified.mended_files == 1 and victim.read_bytes() == (source / victim.name).read_bytes()
@@ -356,8 +365,12 @@ for a, b in ((source, source / "copy"), (source, copy), (directory / "nowhere", 
 
 # %%
 buffer = ParallelFileSystem.of_site("local", "burst_buffer")
-print(f"Lustre:       {lustre.targets} targets, together {lustre.bandwidth_gb_per_s * 1e3:.0f} MB/s, a file on {lustre.stripe_count}")
-print(f"burst buffer: {buffer.targets} servers, together {buffer.bandwidth_gb_per_s * 1e3:.0f} MB/s, a file on {buffer.stripe_count}")
+print(
+    f"Lustre:       {lustre.targets} targets, together {lustre.bandwidth_gb_per_s * 1e3:.0f} MB/s, a file on {lustre.stripe_count}"
+)
+print(
+    f"burst buffer: {buffer.targets} servers, together {buffer.bandwidth_gb_per_s * 1e3:.0f} MB/s, a file on {buffer.stripe_count}"
+)
 
 # %% [markdown]
 # `pipeline.dataset` reads with `tf.data`; each file is opened when its turn has come. Two networks that are equal at the start are trained, one from each, an epoch of one and an epoch of the other in turn: so both meet the same machine, whatever else it has to do. **Predict:** what will differ between the two, the time of an epoch, the loss, or both?
@@ -448,7 +461,9 @@ with EmulatedFileSystem(folders["Lustre"], lustre) as slow, EmulatedFileSystem(f
     )
 pipeline_others = load.cores()
 utilisation = pipeline.accelerator_utilisation(observed)
-utilisation.groupby(["source", "setting"], sort=False)["accelerator_utilisation"].median().unstack().style.format("{:.0%}")
+utilisation.groupby(["source", "setting"], sort=False)["accelerator_utilisation"].median().unstack().style.format(
+    "{:.0%}"
+)
 
 # %% alt="Bars of accelerator utilisation for four sources and four settings of the input pipeline, with a dashed line at the 70 per cent of MLPerf Storage. Lustre is lowest on demand and stays below the burst buffer in every setting with few large files. With many small files the two storages come close to each other once several files are read at once."
 figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
@@ -459,7 +474,18 @@ for i, (setting, (colour, hatch)) in enumerate(looks.items()):
     of_setting = values.xs(setting, level="setting").loc[list(sources)]
     spread = [of_setting["median"] - of_setting["min"], of_setting["max"] - of_setting["median"]]
     at = np.arange(len(sources)) + 0.2 * (i - 1.5)
-    axis.bar(at, of_setting["median"], 0.19, yerr=spread, color=colour, hatch=hatch, ec="black", lw=0.6, capsize=2, label=setting)
+    axis.bar(
+        at,
+        of_setting["median"],
+        0.19,
+        yerr=spread,
+        color=colour,
+        hatch=hatch,
+        ec="black",
+        lw=0.6,
+        capsize=2,
+        label=setting,
+    )
 least = 100 * pipeline.MINIMUM_UTILISATION["CosmoFlow"]
 axis.axhline(least, color="black", ls="--", lw=1)
 axis.annotate("CosmoFlow passes", (0, least + 1), xycoords=("axes fraction", "data"), fontsize=8)
@@ -532,7 +558,9 @@ ends
 # %%
 sweep = cases.batch_sweep(cases.nurion())
 one = sweep.iloc[0]
-print(f"mean demand: {one['demand_gb_per_s']:.1f} GB/s, {100 * one['demand_over_peak']:.1f} % of Lustre's bandwidth, whatever the batch")
+print(
+    f"mean demand: {one['demand_gb_per_s']:.1f} GB/s, {100 * one['demand_over_peak']:.1f} % of Lustre's bandwidth, whatever the batch"
+)
 
 # %% alt="For each batch per node from 16 to 1024, a marker says what becomes of the job: three rows modelled, two published. Modelled Lustre as described runs up to 512; Lustre with 1000 opens per second dies from 256 on, where the published job died; the burst buffer runs to 512 in both. At 1024 the model says out of memory, as published for the burst buffer."
 figure = draw.batches(sweep, published)
@@ -616,7 +644,9 @@ by_opens_packed = int(46_580 / (60 / 1000))
 # %% tags=["check"]
 assert None not in (by_bandwidth, by_opens, by_opens_packed), "Put three numbers in place of the dots."
 assert by_bandwidth != 300_000 // 92, "That is images per second in thousands: how many of them does a node take?"
-assert all(isinstance(n, int) for n in (by_bandwidth, by_opens, by_opens_packed)), "Round down to whole nodes, as int(...) does."
+assert all(isinstance(n, int) for n in (by_bandwidth, by_opens, by_opens_packed)), (
+    "Round down to whole nodes, as int(...) does."
+)
 assert abs(by_bandwidth - 54_347) <= 1, "A node needs 60 x 92 kB = 5.52 MB/s; how often does that go into 300 GB/s?"
 assert abs(by_opens - 776) <= 1, "A node opens 60 files per second; how often does that go into 46,580?"
 assert abs(by_opens_packed - 776_333) <= 1, "With 1000 images to a file a node opens 0.06 files per second."
@@ -668,7 +698,9 @@ with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile() as p
         writer.kill()
         writer.wait()
         size = target.stat().st_size if target.exists() else 0
-        assert size in (0, 200_000_000), f"Killed half-way, a reader finds {size:,} of 200,000,000 bytes: write elsewhere first."
+        assert size in (0, 200_000_000), (
+            f"Killed half-way, a reader finds {size:,} of 200,000,000 bytes: write elsewhere first."
+        )
         for name in os.listdir(folder):
             os.unlink(os.path.join(folder, name))
 print("Right: under its name the file is whole, or not there.")
@@ -694,7 +726,9 @@ stage_first = {"a": False, "b": True, "c": False}
 from nurion_utils.storage import cases
 
 three_jobs = {"a": (300, 290, 15), "b": (900, 120, 1), "c": (240, 240, 200)}
-assert all(answer is not None for answer in stage_first.values()), "Put True or False in place of the dots for each job."
+assert all(answer is not None for answer in stage_first.values()), (
+    "Put True or False in place of the dots for each job."
+)
 for job, (slow_s, fast_s, epochs_planned) in three_jobs.items():
     needed = cases.break_even_epochs(20_000 / 100, slow_s, fast_s)
     after = f"after {needed:.3g} epochs" if needed < float("inf") else "never"
@@ -707,6 +741,7 @@ import shutil
 
 world.stop()
 shutil.rmtree(directory)
+
 
 # %%
 def hold_unless_busy(holds: bool, others_cores: float, claim: str) -> None:

@@ -36,7 +36,9 @@ style.use()
 world = ranks.start(n_ranks)
 nurion = sites.load("nurion")
 nodes = np.array([8, 256, 1024, nurion.node.count])
-pd.DataFrame({"nodes": nodes, "batch at 32 per node": 32 * nodes, "steps in an epoch": (1_281_167 / (32 * nodes)).round(1)})
+pd.DataFrame(
+    {"nodes": nodes, "batch at 32 per node": 32 * nodes, "steps in an epoch": (1_281_167 / (32 * nodes)).round(1)}
+)
 
 # %% [markdown]
 # With all its nodes a training of 90 epochs is some 430 steps. Whatever is to be learned must be learned in them. The rest of this notebook is about how far a step can go.
@@ -119,7 +121,11 @@ def intervals(table: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds and half of its 95 % interval, as text."""
     summary = experiment.summarise(table)
     summary["test error, %"] = summary["mean"].map("{:.1f} ± ".format) + summary["half_interval"].map("{:.1f}".format)
-    return summary.pivot(index="method", columns="batch", values="test error, %").reindex(summary["method"].unique()).fillna("")
+    return (
+        summary.pivot(index="method", columns="batch", values="test error, %")
+        .reindex(summary["method"].unique())
+        .fillna("")
+    )
 
 
 intervals(pd.concat([base_runs.assign(method="base"), live]))
@@ -155,12 +161,29 @@ recorded_base = report.loc[report["method"] == "base", "test_error"].mean()
 figure, (ours, theirs) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
 draw.errors(report[report["method"] != "base"], recorded_base, ours)
 ours.set_title("digits, recorded", fontsize=10)
-goyal = recordings.load("published_large_batch").query("study == 'Goyal'").assign(value=lambda t: t["value"].astype(float), batch=lambda t: t["batch"].astype(int))
+goyal = (
+    recordings.load("published_large_batch")
+    .query("study == 'Goyal'")
+    .assign(value=lambda t: t["value"].astype(float), batch=lambda t: t["batch"].astype(int))
+)
 curve = goyal[goyal["setting"] == "linear, gradual warm-up"]
 theirs.semilogx(curve["batch"], curve["value"], color=style.BLUE, marker="o", ms=5, label="linear, gradual warm-up")
-markers = {"fixed": (style.VERMILION, "s"), "square root": (style.ORANGE, "v"), "linear, no warm-up": (style.SKY, "^"), "linear, constant warm-up": (style.BLACK, "x")}
+markers = {
+    "fixed": (style.VERMILION, "s"),
+    "square root": (style.ORANGE, "v"),
+    "linear, no warm-up": (style.SKY, "^"),
+    "linear, constant warm-up": (style.BLACK, "x"),
+}
 for setting, (colour, marker) in markers.items():
-    theirs.plot(8192, goyal.loc[goyal["setting"] == setting, "value"].item(), ls="", color=colour, marker=marker, ms=7, label=setting)
+    theirs.plot(
+        8192,
+        goyal.loc[goyal["setting"] == setting, "value"].item(),
+        ls="",
+        color=colour,
+        marker=marker,
+        ms=7,
+        label=setting,
+    )
 draw.batch_axis(theirs, curve["batch"])
 theirs.set(ylabel="top-1 error, %", ylim=(0, 45), title="ImageNet, ResNet-50: published (Goyal et al. 2017)")
 theirs.title.set_fontsize(10)
@@ -242,7 +265,13 @@ def train_and_listen(task, recipe, epochs: int) -> "pd.DataFrame":
     model = task.build()
     optimizer = DistributedOptimizer(make_optimizer(recipe, len(data.x)), observer=noise)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
-    model.fit(shard.dataset(data.x, data.y), steps_per_epoch=shard.steps, epochs=epochs, callbacks=[BroadcastCallback()], verbose=0)
+    model.fit(
+        shard.dataset(data.x, data.y),
+        steps_per_epoch=shard.steps,
+        epochs=epochs,
+        callbacks=[BroadcastCallback()],
+        verbose=0,
+    )
     return noise.table(window=shard.steps // 2)
 
 
@@ -262,11 +291,15 @@ heard[["step", "gradient_sq", "noise", "noise_scale", "noise_scale_se"]].round(3
 # %%
 reached = experiment.steps_to(recorded, error=20)
 fitted = large_batch.critical_batch(reached)
-print(f"critical batch {fitted.batch:,.0f} ± {fitted.batch_se:,.0f}: at least {fitted.steps_min:.0f} steps, at least {fitted.samples_min:,.0f} samples")
+print(
+    f"critical batch {fitted.batch:,.0f} ± {fitted.batch_se:,.0f}: at least {fitted.steps_min:.0f} steps, at least {fitted.samples_min:,.0f} samples"
+)
 reached.round(2)
 
 # %% alt="Two panels against the batch, both logarithmic. Steps to the target error fall in proportion to the batch at first and then flatten; samples are constant at first and then rise in proportion. A dotted line in both marks the critical batch, where the curves bend."
-curve = large_batch.tradeoff(np.geomspace(reached["batch"].min(), reached["batch"].max(), 50), fitted.steps_min, fitted.samples_min)
+curve = large_batch.tradeoff(
+    np.geomspace(reached["batch"].min(), reached["batch"].max(), 50), fitted.steps_min, fitted.samples_min
+)
 figure = draw.tradeoff(reached, curve, fitted.batch)
 
 # %% [markdown]
@@ -341,11 +374,18 @@ chosen.style.format("{:g}").set_caption("tuned rates")
 # Beyond the elbow no rule says what to set; it is a search over rate, warm-up, weight decay and optimizer. `search` puts all ranks on one study of the library Optuna: each takes a trial and reports its result until there are as many as asked for, and bad trials are ended early. With `path=` the study is kept in a folder, so that it can be stopped and resumed.
 
 # %%
-space = {"base_rate": (0.02, 4.0), "warmup_epochs": (0.5, 5.0), "weight_decay": (1e-5, 1e-3), "optimizer": ["sgd", "lars"]}
+space = {
+    "base_rate": (0.02, 4.0),
+    "warmup_epochs": (0.5, 5.0),
+    "weight_decay": (1e-5, 1e-3),
+    "optimizer": ["sgd", "lars"],
+}
 start = Recipe(search_batch, base_batch=search_batch, warmup_from=0.0)
 study = large_batch.search(start, space, world, search_trials, task=task)
 ruled = sweep({"linear, warm-up": experiment.by_rule(search_batch)["linear, warm-up"]}, range(2), world, task)
-print(f"batch {search_batch}: linear rule with warm-up {ruled['validation_error'].mean():.1f} %, best of the search {study['validation_error'].iloc[0]:.1f} %")
+print(
+    f"batch {search_batch}: linear rule with warm-up {ruled['validation_error'].mean():.1f} %, best of the search {study['validation_error'].iloc[0]:.1f} %"
+)
 study.drop(columns="rank").head(5).style.format(precision=3).format("{:.0e}", subset="weight_decay")
 
 # %% [markdown]
@@ -391,17 +431,27 @@ from nurion_utils.large_batch import Recipe
 
 scaled = None  # a Recipe(...)
 # --- solution
-scaled = Recipe(batch=128 * 32, base_batch=256, base_rate=0.1, epochs=90, rule="linear", warmup="gradual", warmup_epochs=5)
+scaled = Recipe(
+    batch=128 * 32, base_batch=256, base_rate=0.1, epochs=90, rule="linear", warmup="gradual", warmup_epochs=5
+)
 # --- end solution
 
 # %% tags=["check"]
 assert isinstance(scaled, Recipe), "Put a Recipe(...) in place of the dots."
 assert scaled.batch == 4096, f"128 nodes with 32 images each are a batch of 4096, not {scaled.batch}."
 assert scaled.epochs == 90, f"It is to be trained for 90 epochs, not {scaled.epochs:g}."
-assert abs(scaled.peak_rate - 1.6) < 1e-9, f"4096 is 16 times 256, so by the linear rule the rate is 1.6; yours is {scaled.peak_rate:g}."
-assert abs(scaled.rate(0.0) - 0.1) < 1e-9, f"A gradual warm-up begins at the base rate, 0.1; yours begins at {scaled.rate(0.0):g}."
-assert abs(scaled.rate(2.5) - 0.85) < 1e-9, f"Half-way through 5 epochs of warm-up the rate is 0.85; yours is {scaled.rate(2.5):g}."
-assert abs(scaled.rate(31) - 0.16) < 1e-9, f"After a third of the epochs the rate is a tenth, 0.16; yours is {scaled.rate(31):g}."
+assert abs(scaled.peak_rate - 1.6) < 1e-9, (
+    f"4096 is 16 times 256, so by the linear rule the rate is 1.6; yours is {scaled.peak_rate:g}."
+)
+assert abs(scaled.rate(0.0) - 0.1) < 1e-9, (
+    f"A gradual warm-up begins at the base rate, 0.1; yours begins at {scaled.rate(0.0):g}."
+)
+assert abs(scaled.rate(2.5) - 0.85) < 1e-9, (
+    f"Half-way through 5 epochs of warm-up the rate is 0.85; yours is {scaled.rate(2.5):g}."
+)
+assert abs(scaled.rate(31) - 0.16) < 1e-9, (
+    f"After a third of the epochs the rate is a tenth, 0.16; yours is {scaled.rate(31):g}."
+)
 print("Right: rate 0.1 at first, 1.6 from epoch 5, 0.16 from 30, 0.016 from 60, 0.0016 from 80.")
 
 # %% [markdown]
@@ -449,7 +499,9 @@ assert cheapest in (32, 64, 128, 256), f"Choose from 32, 64, 128 and 256, not {c
 steps = 6000 + 12e6 / (32 * cheapest)
 hours = steps * 0.5 / 3600
 assert hours <= 2, f"{cheapest} nodes need {steps:,.0f} steps, {hours:.2f} hours: too long."
-assert cheapest == 64, f"{cheapest} nodes are done in {hours:.2f} hours, but half as many are in time too, and cost less."
+assert cheapest == 64, (
+    f"{cheapest} nodes are done in {hours:.2f} hours, but half as many are in time too, and cost less."
+)
 print(f"Right: {hours:.2f} hours, {64 * hours:.0f} node-hours.")
 
 # %%
@@ -461,16 +513,26 @@ order = [summary.loc[(method, 2048)] for method in ("fixed", "square root", "lin
 for worse, better in zip(order, order[1:], strict=False):
     assert worse["mean"] - worse["half_interval"] > better["mean"] + better["half_interval"]
 usable = summary[summary["mean"] < recorded_base + 3].reset_index().groupby("method")["batch"].max()
-assert usable["linear"] == 2048 and usable["linear, warm-up"] == usable["SGD, tuned"] == usable["LAMB"] == 4096 and usable["LARS"] == 8192
+assert (
+    usable["linear"] == 2048
+    and usable["linear, warm-up"] == usable["SGD, tuned"] == usable["LAMB"] == 4096
+    and usable["LARS"] == 8192
+)
 for batch in (4096, 8192):
     lars, sgd = summary.loc[("LARS", batch)], summary.loc[("SGD, tuned", batch)]
     assert lars["mean"] + lars["half_interval"] < sgd["mean"] - sgd["half_interval"]
 here = live.groupby(["method", "batch"])["test_error"].mean()
-assert here["fixed", max(live_batches)] > 2 * base_error and here["linear, warm-up", max(live_batches)] < here["fixed", max(live_batches)] / 2
+assert (
+    here["fixed", max(live_batches)] > 2 * base_error
+    and here["linear, warm-up", max(live_batches)] < here["fixed", max(live_batches)] / 2
+)
 assert max(of["synchronised"] for of in apart) < 1e-5 and max(of["per rank"] for of in apart) > 0.1
 assert heard["noise_scale"].iloc[-1] > heard["noise_scale"].iloc[0] > 0
 assert lars_difference < 1e-12
-last = [float(course.split()[-1]) for course in report.loc[(report["method"] == "linear") & (report["batch"] == 4096), "validation_errors"]]
+last = [
+    float(course.split()[-1])
+    for course in report.loc[(report["method"] == "linear") & (report["batch"] == 4096), "validation_errors"]
+]
 assert len(last) == 12 and min(last) > 60
 assert 1000 < fitted.batch < 20_000
 assert len(study) == search_trials and study["validation_error"].iloc[0] < ruled["validation_error"].mean()
