@@ -147,7 +147,7 @@ class CountingComm(MPI.Intracomm):
     def __init__(self, comm: MPI.Intracomm):
         self.messages = self.bytes_sent = 0
 
-    def Sendrecv(self, sendbuf: Any, dest: int, *args: Any, **kwargs: Any) -> None:  # noqa: N802 - mpi4py's name
+    def Sendrecv(self, sendbuf: Any, dest: int, *args: Any, **kwargs: Any) -> None:  # as mpi4py's name
         if dest != MPI.PROC_NULL:
             self.messages += 1
             self.bytes_sent += memoryview(sendbuf[0]).nbytes

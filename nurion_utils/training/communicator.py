@@ -33,7 +33,7 @@ class Communicator:
         """The values of all ranks, in the order of the ranks."""
         raise NotImplementedError
 
-    def Bcast(self, array: np.ndarray, root: int) -> None:  # noqa: N802 - as mpi4py calls it
+    def Bcast(self, array: np.ndarray, root: int) -> None:  # as mpi4py calls it
         """Fill a contiguous array of any type with that of `root`."""
         flat = array.reshape(-1).view(np.uint8)  # bytes: neither Horovod nor MPI knows bfloat16
         for begin in range(0, flat.size, PIECE_BYTES):

@@ -23,7 +23,7 @@ AVERAGE = hvd.Average if hvd else None
 UNCOMPRESSED = hvd.Compression.none if hvd else None
 
 
-def DistributedOptimizer(  # noqa: N802 - the name the field knows
+def DistributedOptimizer(  # the name that the field knows
     optimizer: keras.optimizers.Optimizer,
     *,
     op: Any = AVERAGE,
