@@ -167,8 +167,10 @@ def train_digits(average, sharded: bool, batch_size: int = 32, epochs: int = 3, 
 # The claim to check: $P$ ranks with $B$ samples each take the same steps as one rank with $PB$ samples.
 
 # %%
-together = world.run(train_digits, averaging, sharded=True, epochs=1, steps=10)
-alone = world.run(train_digits, None, sharded=False, epochs=1, steps=10)
+from functools import partial
+
+together = world.run(partial(train_digits, averaging, sharded=True, epochs=1, steps=10))
+alone = world.run(partial(train_digits, None, sharded=False, epochs=1, steps=10))
 
 # %%
 import pandas as pd
@@ -207,8 +209,8 @@ def stock(optimizer):
 
 
 trap = {
-    "stock": world.run(train_digits, stock, sharded=True),
-    "ours": world.run(train_digits, averaging, sharded=True),
+    "stock": world.run(partial(train_digits, stock, sharded=True)),
+    "ours": world.run(partial(train_digits, averaging, sharded=True)),
 }
 
 # %%
@@ -230,7 +232,7 @@ pd.DataFrame(
 # %%
 caught = ""
 try:
-    world.run(train_digits, stock, sharded=True, check=True)
+    world.run(partial(train_digits, stock, sharded=True, check=True))
 except ranks.RankError as error:
     caught = str(error)
     print(caught.splitlines()[0])
@@ -659,10 +661,10 @@ split.style.format({"largest difference to the whole network": "{:.1e}", "weight
 # %%
 if failure_labs:
     each = 32 // n_ranks
-    buggy = world.run(train_digits, averaging, sharded=False, batch_size=each, epochs=2)[0]
-    right = world.run(train_digits, averaging, sharded=True, batch_size=each * n_ranks, epochs=2)[0]
+    buggy = world.run(partial(train_digits, averaging, sharded=False, batch_size=each, epochs=2))[0]
+    right = world.run(partial(train_digits, averaging, sharded=True, batch_size=each * n_ranks, epochs=2))[0]
     with ranks.start(1) as single:
-        one_rank = single.run(train_digits, None, sharded=True, batch_size=each * n_ranks, epochs=2)[0]
+        one_rank = single.run(partial(train_digits, None, sharded=True, batch_size=each * n_ranks, epochs=2))[0]
     print(f"difference to one rank alone: {largest_difference(buggy, one_rank):.1e}")
     print(f"steps per epoch: {buggy['steps'] / right['steps']:.2f} times as many as with shards")
     assert largest_difference(buggy, one_rank) < 1e-5
