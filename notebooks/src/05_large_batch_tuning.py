@@ -213,7 +213,7 @@ def normalise(samples: int) -> dict:
     import keras
     import numpy as np
 
-    from nurion_utils.large_batch import SyncBatchNormalization
+    from nurion_utils.training import SyncBatchNormalization
 
     hvd.init()
     x = np.random.default_rng(0).normal(size=(samples, 4)).astype("float32")

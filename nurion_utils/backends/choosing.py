@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nurion_utils._checks import number, one_of, whole_number
+from nurion_utils.training.memory import FUSION_BUFFER_BYTES
 
 # glibc gives the memory of a large buffer back to Linux as soon as it is freed, and Linux clears every page of the
 # next one; an MPI library that needs a buffer for each large allreduce pays for that each time. With these settings a
@@ -21,7 +22,6 @@ from nurion_utils._checks import number, one_of, whole_number
 _MALLOC = ["mmap_threshold=8589934592", "trim_threshold=8589934592", "arena_max=1", "hugetlb=1"]
 KEEP_MEMORY = {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{setting}" for setting in _MALLOC)}
 
-FUSION_BYTES = 128 << 20  # Horovod's default
 LONGEST_CYCLE_MS = 10_000
 LONGEST_FUSION_BYTES = 2**31 - 1  # MPI counts with 32 bits, and there are tensors of bytes
 CYCLE, FUSION = "HOROVOD_CYCLE_TIME", "HOROVOD_FUSION_THRESHOLD"
@@ -110,7 +110,7 @@ def settings(
     backend: str | Backend = "MPI",
     *,
     cycle_ms: float | None = 1.0,
-    fusion_bytes: int | None = FUSION_BYTES,
+    fusion_bytes: int | None = FUSION_BUFFER_BYTES,
     timeline: str | Path | None = None,
     autotune_log: str | Path | None = None,
 ) -> dict[str, str]:

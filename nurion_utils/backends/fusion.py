@@ -12,10 +12,11 @@ import numpy as np
 from nurion_utils import timing
 from nurion_utils._checks import one_of, whole_number
 from nurion_utils.backends import choosing
-from nurion_utils.backends.choosing import FUSION_BYTES, named
+from nurion_utils.backends.choosing import named
 from nurion_utils.backends.horovod import init, shutdown
 from nurion_utils.backends.measuring import written_by_rank_0
 from nurion_utils.training import models
+from nurion_utils.training.memory import FUSION_BUFFER_BYTES
 
 if TYPE_CHECKING:
     import keras
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from nurion_utils.ranks import World
 
-DEFAULTS = {"fusion_bytes": FUSION_BYTES, "cycle_ms": 1.0, "compression": "none", "timeline": False}
+DEFAULTS = {"fusion_bytes": FUSION_BUFFER_BYTES, "cycle_ms": 1.0, "compression": "none", "timeline": False}
 BLOCK_S = 0.15  # steps are repeated until a block of them can be timed
 
 # How long Horovod's search takes: points to throw away, steps of a sample (a point is the median of five), points to

@@ -39,9 +39,8 @@ def resident(paths: Iterable[str | os.PathLike[str]]) -> float:
             continue
         mapped = np.memmap(path, np.uint8, "r")
         flags = np.empty(-(-mapped.size // mmap.PAGESIZE), np.uint8)
-        if libc.mincore(
-            ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(mapped.size), flags.ctypes.data_as(ctypes.c_void_p)
-        ):
+        start, found = (array.ctypes.data_as(ctypes.c_void_p) for array in (mapped, flags))
+        if libc.mincore(start, ctypes.c_size_t(mapped.size), found):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), os.fspath(path))
         pages, kept = pages + flags.size, kept + int((flags & 1).sum())
     return kept / pages if pages else 0.0

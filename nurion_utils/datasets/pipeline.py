@@ -47,14 +47,9 @@ class Client(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """Volumes that `volumes.write` wrote, and how they are reached.
+    """Volumes that `volumes.write` wrote in a directory, and how they are reached.
 
-    Attributes
-    ----------
-    directory
-        Where the files are.
-    client
-        None to read them as they are; the client of a shared file system over them to wait for its targets first.
+    Without a client they are read as they are; with that of a shared file system over them, its targets are waited for.
     """
 
     directory: str | os.PathLike[str]
@@ -183,7 +178,7 @@ def measure_pipeline(
     pandas.DataFrame
         A row per rank and step: source, setting, cache, repeat, rank, step, wait_s (blocked on the input), compute_s
         (as slept), sync_s (waiting for other ranks), samples, samples_per_s, and resident: which part of the rank's
-        files was in the page cache when it began. Look at it: not every file system forgets when asked.
+        files was in the page cache when it began, for not every file system forgets when asked.
 
     Raises
     ------
@@ -251,9 +246,8 @@ def _step(comm: MPI.Comm, data: Iterator, compute_s: float) -> dict[str, float] 
 
     failure, begin_s = None, time.perf_counter()
     try:
-        samples = len(next(data)[0])
-    except StopIteration:
-        failure = ValueError(f"the files of rank {comm.rank} have no whole batch")
+        if not (samples := len(next(data, [()])[0])):
+            failure = ValueError(f"the files of rank {comm.rank} have no whole batch")
     except Exception as error:
         failure = error
     ready_s = time.perf_counter()
@@ -272,30 +266,25 @@ def _step(comm: MPI.Comm, data: Iterator, compute_s: float) -> dict[str, float] 
 def accelerator_utilisation(table: pd.DataFrame) -> pd.DataFrame:
     """How much of the time was spent computing, the measure of MLPerf Storage, per run of `measure_pipeline`'s table.
 
-    Returns
-    -------
-    pandas.DataFrame
-        A row per source, setting, cache and repeat: accelerator_utilisation, computing time over total time, the
-        sums of all ranks; samples_per_s, of all ranks together.
+    A row per source, setting, cache and repeat: accelerator_utilisation, computing time over total time, the sums of
+    all ranks; samples_per_s, of all ranks together.
     """
+    import pandas as pd
+
     key, parts = ["source", "setting", "cache", "repeat"], ["wait_s", "compute_s", "sync_s"]
     require_columns(table, [*key, *parts, "rank", "samples"])
     groups = table.groupby(key, sort=False)
     sums, ranks = groups[[*parts, "samples"]].sum(), groups["rank"].nunique()
     total_s = sums[parts].sum(axis=1)
-    shares = {
-        "accelerator_utilisation": sums["compute_s"] / total_s,
-        "samples_per_s": sums["samples"] * ranks / total_s,
-    }
-    return sums.assign(**shares)[list(shares)].reset_index()
+    used, samples_per_s = sums["compute_s"] / total_s, sums["samples"] * ranks / total_s
+    return pd.DataFrame({"accelerator_utilisation": used, "samples_per_s": samples_per_s}).reset_index()
 
 
 def _require_settings(chosen: Mapping[str, Any]) -> None:
     if unknown := set(chosen) - set(_SETTINGS):
         raise ValueError(f"a setting has {', '.join(_SETTINGS)}, and no {min(unknown)!r}")
     for name, value in chosen.items():
-        if name == "cache":
-            if not isinstance(value, bool):
-                raise ValueError(f"cache must be True or False, not {value!r}")
-        else:
+        if name != "cache":
             whole_number(value, name, least=_SETTINGS[name])
+        elif not isinstance(value, bool):
+            raise ValueError(f"cache must be True or False, not {value!r}")

@@ -35,21 +35,11 @@ class Shard:
 
     Parameters
     ----------
-    samples : int
-        Samples in the data set, N.
-    world_size : int
-        Number of ranks, P.
-    rank : int
-        This rank, 0 <= rank < P.
-    batch_size : int
-        Samples per rank and step, B.
+    samples, world_size, rank, batch_size : int
+        Samples in the data set (N), ranks (P), which one of them (from 0), and samples per rank and step (B);
+        ValueError if one is out of its range.
     seed : int
         Seed of the epoch shuffles; it must be the same on all ranks.
-
-    Raises
-    ------
-    ValueError
-        If a number is out of its range.
     """
 
     samples: int
@@ -87,9 +77,8 @@ class Shard:
         width = max(self.batch_size, -(-tail * copies // self.world_size))
         indices = np.full((self.steps, width), order[0])
         weights = np.zeros((self.steps, width), np.float32)
-        indices[:full, : self.batch_size] = order[: full * slots].reshape(full, self.world_size, self.batch_size)[
-            :, self.rank
-        ]
+        dealt = order[: full * slots].reshape(full, self.world_size, self.batch_size)
+        indices[:full, : self.batch_size] = dealt[:, self.rank]
         weights[:full, : self.batch_size] = 1
         if tail:
             mine = np.array_split(np.tile(order[full * slots :], copies), self.world_size)[self.rank]
@@ -119,10 +108,8 @@ class Shard:
         def steps_of(epoch: tf.Tensor) -> tf.data.Dataset:
             # One call into Python per epoch, not per step.
             indices, weights = tf.numpy_function(self.epoch, [epoch], [tf.int64, tf.float32])
-            shape = (self.steps, None)
-            return tf.data.Dataset.from_tensor_slices(
-                (tf.ensure_shape(indices, shape), tf.ensure_shape(weights, shape))
-            )
+            plan = tuple(tf.ensure_shape(part, (self.steps, None)) for part in (indices, weights))
+            return tf.data.Dataset.from_tensor_slices(plan)
 
         def batch(indices: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, ...]:
             used = weights > 0

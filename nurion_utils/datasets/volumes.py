@@ -1,24 +1,23 @@
 """Dark-matter-like volumes after CosmoFlow: made from a theory curve, written as TFRecord, read by index.
 
-CosmoFlow learns three cosmological parameters from the density of dark matter in a cube. Its simulations are
-not at hand, so `sample` draws lognormal fields instead: random fields that are positive like a density and
-whose power spectrum is the theory's. What a network can learn here is therefore what the spectrum tells; the
-filaments that gravity makes are not in it.
+CosmoFlow learns three cosmological parameters from the density of dark matter in a cube. Its simulations are not at
+hand, so `sample` draws lognormal fields instead: positive like a density, with the theory's power spectrum. What a
+network can learn here is what the spectrum tells; the filaments that gravity makes are not in it.
 
 The ranges of the parameters are those of CosmoFlow's simulations (the script that ran them,
-github.com/NERSC/cosmoflow-sims, MUSIC/OmSiNs/runCode.py). The box is CosmoFlow's too: its simulations were
-512 Mpc/h wide and cut in eight, so a cube of 128^3 voxels is 256 Mpc/h wide. A smaller cube shows the same
-256 Mpc/h in coarser voxels.
+github.com/NERSC/cosmoflow-sims, MUSIC/OmSiNs/runCode.py), and so is the box: they were 512 Mpc/h wide and cut in eight,
+so a cube of 128^3 voxels is 256 Mpc/h wide. A smaller cube shows the same 256 Mpc/h in coarser voxels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.fft
@@ -31,42 +30,30 @@ if TYPE_CHECKING:
 BOX_MPC_H = 256.0
 RANGES = {"omega_m": (0.25, 0.35), "sigma_8": (0.78, 0.95), "n_s": (0.9, 1.0)}
 _LOW, _HIGH = np.array(list(RANGES.values())).T
-# Not varied by CosmoFlow; values of about Planck's.
-_HUBBLE, _OMEGA_B = 67.0, 0.049
 _PARTICLES = np.float32(8)
 _INDEX = "index.csv"
 _TYPES = {"file": str, **dict.fromkeys(["offset", "length", "crc32", "size"], int), **dict.fromkeys(RANGES, float)}
 _COLUMNS = list(_TYPES)
 # A TFRecord is: length (8 bytes), its checksum (4), the data, their checksum (4).
-_HEADER, _FOOTER = 12, 4
-FRAME_BYTES = _HEADER + _FOOTER
+_HEADER_BYTES, FRAME_BYTES = 12, 16
 
 
 def theory(k_h_per_mpc: np.ndarray, parameters: np.ndarray) -> np.ndarray:
-    """Linear matter power spectrum today, in (Mpc/h)^3.
+    """Linear matter power spectrum today, in (Mpc/h)^3, at wave numbers above 0 in h/Mpc.
 
-    Transfer function of Eisenstein & Hu 1998, as the library colossus computes it.
-
-    Parameters
-    ----------
-    k_h_per_mpc : numpy.ndarray
-        Wave numbers in h/Mpc, above 0.
-    parameters : array of 3
-        Omega_m, sigma_8 and n_s.
+    `parameters` are Omega_m, sigma_8 and n_s. Transfer function of Eisenstein & Hu 1998, as the library colossus
+    computes it.
     """
-    universe = _universe(*(float(value) for value in parameters))
-    return universe.matterPowerSpectrum(k_h_per_mpc, model="eisenstein98")
-
-
-@functools.lru_cache(maxsize=1)
-def _universe(omega_m: float, sigma_8: float, n_s: float) -> Any:
     from colossus.cosmology import cosmology
 
-    # persistence="": colossus would otherwise write a cache into the home directory.
-    return cosmology.Cosmology(
-        name="volumes", flat=True, H0=_HUBBLE, Om0=omega_m, Ob0=_OMEGA_B, sigma8=sigma_8, ns=n_s,
-        relspecies=False, persistence="",
+    omega_m, sigma_8, n_s = map(float, parameters)
+    # Hubble's constant and the baryons, which CosmoFlow does not vary, are about Planck's. persistence="": colossus
+    # would otherwise write a cache into the home directory.
+    universe = cosmology.Cosmology(
+        name="volumes", flat=True, H0=67.0, Om0=omega_m, Ob0=0.049, sigma8=sigma_8, ns=n_s, relspecies=False,
+        persistence="",
     )  # fmt: skip
+    return universe.matterPowerSpectrum(k_h_per_mpc, model="eisenstein98")
 
 
 def _wave_numbers(size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -81,15 +68,11 @@ def _wave_numbers(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lognormal(size: int, parameters: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A lognormal field of density over mean density, whose power spectrum is `theory`.
+    """A lognormal field of density over mean density, whose power spectrum is `theory`: float32, shape (size,) * 3.
 
-    The correlation function xi of the density belongs to ln(1 + xi) of a Gaussian field (Coles & Jones
-    1991). The transform is made on the grid, so the spectra agree mode by mode; the few modes where the
-    Gaussian's power would be negative are set to 0.
-
-    Returns
-    -------
-    numpy.ndarray, float32, shape (size, size, size)
+    The correlation function xi of the density belongs to ln(1 + xi) of a Gaussian field (Coles & Jones 1991). The
+    transform is made on the grid, so the spectra agree mode by mode; the few modes where the Gaussian's power would be
+    negative are set to 0.
     """
     squared, copies = _wave_numbers(size)
     lengths = np.unique(squared)[1:]
@@ -109,12 +92,8 @@ def lognormal(size: int, parameters: np.ndarray, rng: np.random.Generator) -> np
 def sample(index: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Sample ``index`` of the data set ``seed``: the same on every machine and rank, in any order.
 
-    Returns
-    -------
-    density : numpy.ndarray, float32, shape (size, size, size)
-        Density over mean density.
-    parameters : numpy.ndarray, float64, shape (3,)
-        Omega_m, sigma_8 and n_s, uniform in `RANGES`.
+    It is the density over mean density, float32 of shape (size, size, size), and its parameters Omega_m, sigma_8 and
+    n_s, float64, uniform in `RANGES`.
     """
     # Philox is a counter keyed by its sample: no state is carried from one sample to the next.
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
@@ -125,9 +104,9 @@ def sample(index: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
 def network_input(density: np.ndarray) -> np.ndarray:
     """log(1 + particles) of one volume, shifted and scaled to a mean of about 0 and a spread of about 1.
 
-    CosmoFlow's voxels of 2 Mpc/h held 8 particles on average (512^3 particles in 512 Mpc/h). Shift and scale
-    are those of one volume in the middle of the ranges, hence the same for all samples of a size. Without
-    the shift a network takes several times as long to find sigma_8, which moves the mean by a few per cent.
+    CosmoFlow's voxels of 2 Mpc/h held 8 particles on average. Shift and scale are those of one volume in the middle of
+    the ranges, hence the same for all samples of a size. Without the shift a network takes several times as long to
+    find sigma_8, which moves the mean by a few per cent.
     """
     mean, spread = _moments(density.shape[0])
     return (np.log1p(_PARTICLES * density) - mean) / spread
@@ -152,18 +131,14 @@ def parameters_of(targets: np.ndarray) -> np.ndarray:
 def power_spectrum(density: np.ndarray) -> pd.DataFrame:
     """Power spectrum of a density over mean density, in shells one fundamental wave number wide.
 
-    Shells end at the Nyquist wave number, beyond which they are no longer full.
-
-    Parameters
-    ----------
-    density : numpy.ndarray, shape (size, size, size)
-        A cube `BOX_MPC_H` wide; its own mean does not enter.
+    The cube, of shape (size, size, size), is `BOX_MPC_H` wide; its own mean does not enter. Shells end at the Nyquist
+    wave number, beyond which they are no longer full.
 
     Returns
     -------
     pandas.DataFrame
-        Columns k_h_per_mpc (mean over the shell), power_mpc3_per_h3 and modes (how many independent
-        complex amplitudes were averaged, which sets the cosmic variance).
+        Columns k_h_per_mpc (mean over the shell), power_mpc3_per_h3 and modes (how many independent complex amplitudes
+        were averaged, which sets the cosmic variance).
     """
     import pandas as pd
 
@@ -188,13 +163,8 @@ def power_spectrum(density: np.ndarray) -> pd.DataFrame:
 def write(directory: Path, samples: int, size: int, seed: int = 0, volumes_per_file: int = 64) -> None:
     """Write samples 0 to ``samples`` - 1 as TFRecord files with an index.
 
-    Every file appears under its name only when it is whole, and the index last: what `Volumes` can open is
-    complete.
-
-    Raises
-    ------
-    ValueError
-        If a number is out of its range, or the directory holds volumes already.
+    Every file appears under its name only when it is whole, and the index last: what `Volumes` can open is complete.
+    ValueError if a number is out of its range, or the directory holds volumes already.
     """
     import pandas as pd
     import tensorflow as tf
@@ -223,32 +193,24 @@ def write(directory: Path, samples: int, size: int, seed: int = 0, volumes_per_f
         pd.DataFrame(rows, columns=_COLUMNS).to_csv(part, index=False)
 
 
-class _whole:
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
     """Give a temporary path; rename it to ``path`` when the block ends well, remove it otherwise."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.part = path, path.with_name(f".{path.name}.part")
-
-    def __enter__(self) -> Path:
-        return self.part
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self.part, self.path)
-        else:
-            self.part.unlink(missing_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _encode(density: np.ndarray, parameters: np.ndarray) -> bytes:
-    import tensorflow as tf
+    from tensorflow import train
 
-    volume = tf.train.BytesList(value=[density.astype("<f4").tobytes()])
-    values = tf.train.FloatList(value=parameters)
-    feature = {
-        "volume": tf.train.Feature(bytes_list=volume),
-        "parameters": tf.train.Feature(float_list=values),
-    }
-    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+    volume = train.Feature(bytes_list=train.BytesList(value=[density.astype("<f4").tobytes()]))
+    values = train.Feature(float_list=train.FloatList(value=parameters))
+    features = train.Features(feature={"volume": volume, "parameters": values})
+    return train.Example(features=features).SerializeToString()
 
 
 def require_whole(path: str | os.PathLike[str]) -> None:
@@ -288,15 +250,8 @@ def decode(record: bytes, path: str | os.PathLike[str]) -> tuple[np.ndarray, np.
 class Volumes:
     """Volumes that `write` wrote, read by index; `Shard.dataset` makes a tf.data.Dataset of them.
 
-    Attributes
-    ----------
-    index : pandas.DataFrame
-        One row per sample: file, offset, length, crc32, size, omega_m, sigma_8, n_s.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If the index or a file is missing, or a file is too short or damaged; the message names it.
+    `index` is a table with one row per sample: file, offset, length, crc32, size, omega_m, sigma_8, n_s.
+    FileNotFoundError or ValueError, with its path, if the index or a file is missing, too short or damaged.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -319,29 +274,19 @@ class Volumes:
             if not path.exists():
                 raise FileNotFoundError(f"{path} is missing, though {_INDEX} lists it: write the volumes again")
             if path.stat().st_size < end + FRAME_BYTES:
-                raise ValueError(
-                    f"{path} is truncated, {path.stat().st_size} bytes instead of {end + FRAME_BYTES}: "
-                    "write the volumes again"
-                )
+                found = f"{path.stat().st_size} bytes instead of {end + FRAME_BYTES}"
+                raise ValueError(f"{path} is truncated, {found}: write the volumes again")
 
     def __len__(self) -> int:
         return len(self.index)
 
     def read(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Network inputs and targets of the samples asked for.
-
-        Returns
-        -------
-        x : numpy.ndarray, float32, shape (n, size, size, size, 1)
-            `network_input` of the density.
-        y : numpy.ndarray, float32, shape (n, 3)
-            `targets_of` the parameters.
-        """
+        """Network inputs (n, size, size, size, 1) and targets (n, 3) of the samples asked for, both float32."""
         pairs = []
         for row in self.index.iloc[list(indices)].itertuples():
             path = self.directory / row.file
             with path.open("rb") as file:
-                record = os.pread(file.fileno(), row.length, row.offset + _HEADER)
+                record = os.pread(file.fileno(), row.length, row.offset + _HEADER_BYTES)
             if zlib.crc32(record) != row.crc32:
                 raise ValueError(
                     f"{path} is damaged at sample {row.Index} (its checksum is wrong): write the volumes again"

@@ -1,13 +1,11 @@
 from . import draw as draw
 from . import experiment as experiment
-from .batch_norm import GroupedBatchNormalization as GroupedBatchNormalization
-from .batch_norm import SyncBatchNormalization as SyncBatchNormalization
 from .critical import critical_batch as critical_batch
 from .critical import tradeoff as tradeoff
-from .learning_rate import RecipeSchedule as RecipeSchedule
 from .noise_scale import NoiseScale as NoiseScale
 from .optimizers import LARS as LARS
 from .optimizers import CorrectedSGD as CorrectedSGD
+from .optimizers import RecipeSchedule as RecipeSchedule
 from .optimizers import make_optimizer as make_optimizer
 from .recipes import Recipe as Recipe
 from .recipes import RecipeError as RecipeError

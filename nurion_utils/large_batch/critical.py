@@ -30,20 +30,10 @@ class CriticalBatch(NamedTuple):
 def critical_batch(table: pd.DataFrame) -> CriticalBatch:
     """Fit the trade-off between steps and samples to runs that reached the same target with different batches.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        One row per run: ``batch``, ``steps`` and ``samples`` until the target was reached.
-
-    Raises
-    ------
-    ValueError
-        If the runs cannot tell: fewer than 3 batches, or all on one side of the critical batch.
-
-    Notes
-    -----
-    As E = S x batch, the law (S / S_min - 1)(E / E_min - 1) = 1 (arXiv 1812.06162) says S = S_min + E_min / batch.
-    It is fitted by least squares in the logarithm of S: runs scatter by factors.
+    `table` has a row per run: ``batch``, ``steps`` and ``samples`` until the target was reached. As E = S x batch, the
+    law (S / S_min - 1)(E / E_min - 1) = 1 says S = S_min + E_min / batch. It is fitted by least squares in the
+    logarithm of S: runs scatter by factors. ValueError if the runs cannot tell: fewer than 3 batches, or all on one
+    side of the critical batch.
     """
     from scipy.optimize import curve_fit, nnls
 

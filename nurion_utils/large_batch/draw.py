@@ -28,21 +28,13 @@ STYLES = {
 def errors(table: pd.DataFrame, base_error: float | None = None, axis: Axes | None = None) -> Figure:
     """Test error against batch: the mean over seeds of each method, and its 95 % interval.
 
-    Parameters
-    ----------
-    table
-        Columns method, batch, test_error; one row per training.
-    base_error
-        In per cent, of the batch from which the rules start: a line.
-    axis
-        Where to draw; by default a figure of its own.
+    `table` has the columns method, batch, test_error, and a row per training. `base_error`, in per cent, becomes a
+    line: that of the batch from which the rules start. The figure is a new one unless an axis is given.
     """
-    require_columns(table, ["method", "batch", "test_error"])
     import matplotlib.pyplot as plt
 
-    if axis is None:
-        _, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     summary = summarise(table).sort_values("batch")
+    axis = axis or plt.subplots(figsize=(7, 4.2), layout="constrained")[1]
     for method, look in STYLES.items():
         if len(rows := summary[summary["method"] == method]):
             settings = {"label": method, "ms": 5, "capsize": 3, "lw": 1.3, **look}
@@ -81,12 +73,7 @@ def courses(table: pd.DataFrame, batch: int) -> Figure:
 def tradeoff(points: pd.DataFrame, curve: pd.DataFrame, critical: float) -> Figure:
     """Steps and samples that it takes to come to an error, against the batch; points measured, lines fitted.
 
-    Parameters
-    ----------
-    points, curve
-        Columns batch, steps, samples.
-    critical
-        The batch at which both are twice their least.
+    `points` and `curve` have the columns batch, steps, samples; at the batch `critical` both are twice their least.
     """
     for table in (points, curve):
         require_columns(table, ["batch", "steps", "samples"])

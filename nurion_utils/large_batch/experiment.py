@@ -8,13 +8,13 @@ each batch; all are reported on test images that nothing was chosen on.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nurion_utils import ranks
 from nurion_utils._checks import require_columns
-from nurion_utils.large_batch.recipes import Recipe
+from nurion_utils.large_batch.recipes import RULES, Recipe
 from nurion_utils.large_batch.sweeping import sweep
 from nurion_utils.large_batch.tasks import DigitsTask
 
@@ -37,22 +37,13 @@ COLUMNS = ["part", "method", "batch", "seed", "rate", "test_error", "validation_
 
 def by_rule(batch: int) -> dict[str, Recipe]:
     """The recipes whose rate follows from the one that is good at a batch of 32."""
-    return {
-        "fixed": Recipe(batch, rule="fixed"),
-        "square root": Recipe(batch, rule="square root"),
-        "linear": Recipe(batch, rule="linear"),
-        "linear, warm-up": Recipe(batch, rule="linear", **WARMUP),
-    }
+    return {rule: Recipe(batch, rule=rule) for rule in RULES} | {"linear, warm-up": Recipe(batch, **WARMUP)}
 
 
 def at_rate(method: str, batch: int, rate: float) -> Recipe:
     """The recipe of a method whose rate is free."""
-    settings: dict[str, Any] = {"base_batch": batch, "base_rate": rate, "warmup_from": 0.0, **WARMUP}
-    if method == "LARS":
-        settings["optimizer"] = "lars"
-    elif method == "LAMB":
-        settings |= {"optimizer": "lamb", "weight_decay": 0.01}
-    return Recipe(batch, **settings)
+    own = {"LARS": {"optimizer": "lars"}, "LAMB": {"optimizer": "lamb", "weight_decay": 0.01}}.get(method, {})
+    return Recipe(batch, base_batch=batch, base_rate=rate, warmup_from=0.0, **WARMUP, **own)
 
 
 def constant(batch: int) -> list[Recipe]:
@@ -114,29 +105,17 @@ def record() -> pd.DataFrame:
 
 
 def steps_to(table: pd.DataFrame, error: float, samples: int = SAMPLES) -> pd.DataFrame:
-    """What it takes to come to a validation error at each batch, with the rate that comes there first.
+    """What it takes to come to a validation error, in %, at each batch, with the rate that comes there first.
 
-    Between two epochs the error is taken to fall in a straight line, and of the seeds the mean counts.
-
-    Parameters
-    ----------
-    table
-        As of `run`, or as recorded; the rows of part "constant" count.
-    error
-        The target, in %.
-    samples
-        Images in an epoch.
-
-    Returns
-    -------
-    pandas.DataFrame
-        batch, rate, steps, samples; without the batches that never come there.
+    Between two epochs of so many samples the error is taken to fall in a straight line, and of the seeds the mean
+    counts. Of the recorded table the rows of part "constant" are read. Columns batch, rate, steps and samples; without
+    the batches that never come there.
     """
     import pandas as pd
 
     rows = []
     for (batch, rate), of_rate in table[table["part"] == "constant"].groupby(["batch", "rate"]):
-        courses = np.array([[float(e) for e in str(course).split()] for course in of_rate["validation_errors"]])
+        courses = np.array([[float(e) for e in course.split()] for course in of_rate["validation_errors"]])
         course = np.concatenate([[90.0], courses.mean(axis=0)])  # untrained, one in ten is right
         below = np.flatnonzero(course <= error)
         if below.size:

@@ -113,17 +113,11 @@ def _squared_length(tensors: list[tf.Tensor]) -> tf.Tensor:
 
 
 def estimate(small_sq: Any, large_sq: Any, small: float, large: float) -> tuple[Any, Any]:
-    """Unbiased estimates of |G|^2 and S from the squared lengths of the gradients of two batches.
+    """Unbiased estimates of |G|^2 and S from the squared lengths of the gradients of two batches, and their samples.
 
-    From E |G_B|^2 = |G|^2 + S / B for both batches (arXiv 1812.06162, appendix A.1). Single estimates scatter widely,
-    and |G|^2 may come out negative: average both over steps, and divide the averages.
-
-    Parameters
-    ----------
-    small_sq, large_sq : float or numpy.ndarray
-        |g|^2 of the small batch, best averaged over all parts of the large one, and of the large batch.
-    small, large : float
-        Samples in them.
+    From E |G_B|^2 = |G|^2 + S / B for both (appendix A.1); that of the small one is best averaged over all parts of the
+    large one. Single estimates scatter widely, and |G|^2 may come out negative: average both over steps, and divide
+    the averages.
     """
     if not 0 < small < large:
         raise ValueError(f"two batches are compared, the small one first, not {small!r} and {large!r} samples")
@@ -135,14 +129,9 @@ def estimate(small_sq: Any, large_sq: Any, small: float, large: float) -> tuple[
 def noise_table(
     small_sq: np.ndarray, large_sq: np.ndarray, small: float, large: float, window: int | None = None
 ) -> pd.DataFrame:
-    """The noise scale in windows of steps, from the squared lengths of each step's gradients.
+    """The noise scale from the squared lengths of each step's gradients, arrays of shape (steps,); see `estimate`.
 
-    Parameters
-    ----------
-    small_sq, large_sq, small, large
-        See `estimate`; arrays of shape (steps,).
-    window : int, optional
-        Steps that are averaged in a row: an epoch's, say. By default all; steps that fill no window are left out.
+    So many steps in a row are averaged: an epoch's, say. By default all; steps that fill no window are left out.
 
     Returns
     -------

@@ -1,8 +1,8 @@
 """Optimizers for large batches: LARS, momentum SGD whose momentum survives a changing rate, and a LAMB that saves.
 
-All of them leave vectors alone, that is biases and what batch normalisation learns: these get no weight decay, and
-in LARS no rate of their own. Everything happens in operations without branches on values, so that the same class
-trains one network under `fit` and many side by side.
+Also a recipe's learning rates as a Keras schedule. All optimizers leave vectors alone, that is biases and what batch
+normalisation learns: these get no weight decay, and in LARS no rate of their own. Everything happens in operations
+without branches on values, so that the same class trains one network under `fit` and many side by side.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from nurion_utils._checks import number, positive
-from nurion_utils.large_batch.learning_rate import RecipeSchedule
-from nurion_utils.large_batch.recipes import Recipe
+from nurion_utils._checks import number, positive, whole_number
+from nurion_utils.large_batch.recipes import Recipe, RecipeError
 
 _register = keras.saving.register_keras_serializable("nurion_utils")
 
@@ -28,6 +27,33 @@ def make_optimizer(recipe: Recipe, samples: int) -> keras.optimizers.Optimizer:
     if recipe.optimizer == "lars":
         return LARS(rate, recipe.momentum, recipe.weight_decay, recipe.trust_coefficient)
     return CorrectedSGD(rate, recipe.momentum, weight_decay=recipe.weight_decay)
+
+
+@_register
+class RecipeSchedule(keras.optimizers.schedules.LearningRateSchedule):
+    """The learning rate that a recipe sets for each step of a training on so many samples; it saves and loads.
+
+    The formula is in `Recipe.rate` alone; here is its table, `rates`, and a step past the end has the last rate. A step
+    is what Keras counts: with ``gradient_accumulation_steps`` it counts the parts of a batch, and the batch of the
+    recipe must be that of such a part. `RecipeError` if the recipe and the data do not go together.
+    """
+
+    def __init__(self, recipe: Recipe, samples: int):
+        if not isinstance(recipe, Recipe):
+            raise RecipeError(f"a schedule is made from a recipe, such as Recipe(batch=512), not {recipe!r}")
+        self.recipe, self.samples = recipe, whole_number(samples, "samples", error=RecipeError)
+        self.rates = recipe.rates(self.samples)
+
+    def __call__(self, step: Any) -> tf.Tensor:
+        step = ops.cast(ops.convert_to_tensor(step), "int64")
+        return tf.gather(tf.constant(self.rates), tf.clip_by_value(step, 0, len(self.rates) - 1))
+
+    def get_config(self) -> dict[str, Any]:
+        return {"recipe": self.recipe.as_dict(), "samples": self.samples}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> RecipeSchedule:
+        return cls(Recipe(**config["recipe"]), config["samples"])
 
 
 class _DecaysKernels:
@@ -64,25 +90,9 @@ class LARS(_DecaysKernels, keras.optimizers.Optimizer):
         v = momentum * v + rate * local * (g + weight_decay * w)
         w = w - v
 
-    Parameters
-    ----------
-    learning_rate : float, LearningRateSchedule or callable
-    momentum : float, in [0, 1)
-    weight_decay : float
-        Coupled: part of the gradient and of the local rate.
-    trust_coefficient : float
-        The share of its own length that a layer may move by at a rate of 1.
-    **settings
-        Those of every Keras optimizer: clipnorm, use_ema, gradient_accumulation_steps, name and so on.
-
-    Raises
-    ------
-    ValueError
-        If a number is out of its range.
-
-    Notes
-    -----
-    Where |w| or |g| is zero the local rate is 1, as implementations have it; the paper does not say.
+    So `trust_coefficient` is the share of its own length that a layer may move by at a rate of 1. Where |w| or |g| is
+    zero the local rate is 1, as implementations have it; the paper does not say. Further settings are those of every
+    Keras optimizer; ValueError if a number is out of its range.
     """
 
     def __init__(

@@ -5,7 +5,7 @@
 (3.2, 0.1, 3.2)
 
 What reads it: sweeps and searches, which train with `Recipe.rates`; `RecipeSchedule`, the same table as a Keras
-learning-rate schedule; `make_optimizer`; and the models that predict what a run costs.
+learning-rate schedule; and `make_optimizer`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nurion_utils._checks import number, one_of, positive, whole_number
 
 RULES = {"fixed": lambda k: 1.0, "square root": math.sqrt, "linear": float}
 WARMUPS = ("none", "constant", "gradual")
-DECAYS = ("none", "steps", "cosine")
+DECAYS = ("none", "steps")
 OPTIMIZERS = ("sgd", "lars", "lamb")
 
 
@@ -46,9 +46,8 @@ class Recipe:
     warmup, warmup_epochs, warmup_from
         "gradual": from `warmup_from` up to the full rate in a straight line; "constant": at `warmup_from`, then a
         jump. `warmup_from` is the base rate unless given; LARS and LAMB are usually started from 0.
-    decay, milestones, decay_factor
-        "steps": times `decay_factor` at each of `milestones`, in parts of all epochs; "cosine": down to zero along
-        half a cosine, from the end of the warm-up on; "none".
+    decay, milestones
+        "steps": the rate falls to a tenth at each of `milestones`, in parts of all epochs; "none".
     optimizer
         "sgd" (with momentum), "lars" or "lamb".
     momentum, weight_decay
@@ -65,9 +64,8 @@ class Recipe:
     warmup: Literal["none", "constant", "gradual"] = "none"
     warmup_epochs: float = 0.0
     warmup_from: float | None = None
-    decay: Literal["none", "steps", "cosine"] = "steps"
+    decay: Literal["none", "steps"] = "steps"
     milestones: tuple[float, ...] = (1 / 3, 2 / 3, 8 / 9)
-    decay_factor: float = 0.1
     optimizer: Literal["sgd", "lars", "lamb"] = "sgd"
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -75,7 +73,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         checked = {name: whole_number(getattr(self, name), name, error=RecipeError) for name in ("batch", "base_batch")}
-        for name in ("base_rate", "epochs", "decay_factor", "trust_coefficient"):
+        for name in ("base_rate", "epochs", "trust_coefficient"):
             checked[name] = positive(getattr(self, name), name, RecipeError)
         for name in ("warmup_epochs", "warmup_from", "momentum", "weight_decay"):
             if (value := getattr(self, name)) is not None or name != "warmup_from":
@@ -88,9 +86,8 @@ class Recipe:
         if (self.warmup == "none") != (self.warmup_epochs == 0):
             raise RecipeError("a warm-up needs both its kind and its length: warmup='gradual', warmup_epochs=5")
         if self.warmup_epochs > self.epochs:
-            raise RecipeError(
-                f"a warm-up of {self.warmup_epochs:g} epochs is longer than the training of {self.epochs:g}; shorten it"
-            )
+            warmup = f"a warm-up of {self.warmup_epochs:g} epochs"
+            raise RecipeError(f"{warmup} is longer than the training of {self.epochs:g}; shorten it")
         if self.momentum >= 1:
             raise RecipeError(f"momentum must be below 1, not {self.momentum!r}")
         if any(not 0 < at <= 1 for at in self.milestones) or list(self.milestones) != sorted(self.milestones):
@@ -116,14 +113,9 @@ class Recipe:
     def rate(self, epoch: float | np.ndarray) -> float | np.ndarray:
         """The learning rate at a moment of the training, in epochs from its start."""
         epoch, peak = np.asarray(epoch, float), self.peak_rate
-        if self.decay == "cosine":
-            length = max(self.epochs - self.warmup_epochs, 1e-9)
-            done = np.clip((epoch - self.warmup_epochs) / length, 0, 1)
-            rate = peak * (1 + np.cos(np.pi * done)) / 2
-        else:
-            milestones = np.array(self.milestones if self.decay == "steps" else ()) * self.epochs
-            # a milestone counts from the step that begins at it, whatever rounding does to the step's epoch
-            rate = peak * self.decay_factor ** np.searchsorted(milestones, epoch + 1e-9, "right")
+        milestones = np.array(self.milestones if self.decay == "steps" else ()) * self.epochs
+        # a milestone counts from the step that begins at it, whatever rounding does to the step's epoch
+        rate = peak * 0.1 ** np.searchsorted(milestones, epoch + 1e-9, "right")
         if self.warmup != "none":
             start = self.base_rate if self.warmup_from is None else self.warmup_from
             part = np.clip(epoch / self.warmup_epochs, 0, 1) if self.warmup == "gradual" else 0.0

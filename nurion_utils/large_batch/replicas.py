@@ -27,9 +27,7 @@ PER_REPLICA = ("momentum", "weight_decay", "trust_coefficient")
 
 
 def train(
-    task: Task,
-    runs: Sequence[tuple[Recipe, int]],
-    on_epoch: Callable[[int, np.ndarray], bool] | None = None,
+    task: Task, runs: Sequence[tuple[Recipe, int]], on_epoch: Callable[[int, np.ndarray], None] = lambda *_: None
 ) -> list[dict[str, Any]]:
     """Train several recipes with their seeds side by side.
 
@@ -39,8 +37,7 @@ def train(
         Recipes of the same batch, number of epochs and optimizer, and the seed of each: of the initial weights and of
         the order of the samples.
     on_epoch
-        Called after each epoch with its number from 1 and the validation error of each run, in per cent; when it
-        returns True, training ends.
+        Called after each epoch with its number from 1 and the validation error of each run, in per cent.
 
     Returns
     -------
@@ -67,8 +64,7 @@ def train(
         state, loss = trained.steps(state, rates[at : at + count], settings, indices.astype(np.int32), weights)
         at += count
         errors.append(trained.error(state, data.x_validation, data.y_validation))
-        if on_epoch is not None and on_epoch(len(errors), errors[-1]):
-            break
+        on_epoch(len(errors), errors[-1])
     test = trained.error(state, data.x_test, data.y_test)
     time_s = (time.perf_counter() - began) / len(runs)
     loss = np.asarray(loss)

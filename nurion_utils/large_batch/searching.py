@@ -42,10 +42,9 @@ def search(
 ) -> pd.DataFrame:
     """Look for the settings of a recipe with the smallest error on the validation images.
 
-    Ranks take trials until there are exactly `trials` in the study, those that failed included. A trial trains
-    `seeds` side by side, and is pruned at an epoch, from the third on, at which it is worse than the median of the
-    others. One rank tries the same settings in each search of its own; which rank of several takes the next trial is
-    a matter of time.
+    A trial trains `seeds` side by side, and is pruned at an epoch, from the third on, at which it is worse than the
+    median of the others. One rank tries the same settings in each search of its own; which rank of several takes the
+    next trial is a matter of time.
 
     Parameters
     ----------
@@ -53,7 +52,7 @@ def search(
         Settings of `Recipe` to choose: a tuple (low, high) of numbers, of which positive ones that span a factor of
         10 or more are drawn on a logarithmic scale, or a list of values.
     trials
-        How many trials the study is to have in the end; one that already has as many is only read.
+        How many trials the study is to have in the end, those that failed included.
     path
         Folder of the study; the same search, called again, goes on where it stopped. Trials that were cut off, by an
         interrupt or with their rank, are not counted and made up for. None: nothing is kept.
@@ -161,22 +160,19 @@ def _objective(trial: optuna.Trial, rank: int, recipe: Recipe, space: Space, see
     settings = {name: _suggest(trial, name, values) for name, values in space.items()}
     if "warmup_epochs" in settings and "warmup" not in space and recipe.warmup == "none":
         settings["warmup"] = "gradual" if settings["warmup_epochs"] else "none"
-    pruned = False
 
-    def on_epoch(epoch: int, errors: np.ndarray) -> bool:
-        nonlocal pruned
+    def on_epoch(epoch: int, errors: np.ndarray) -> None:
         trial.report(float(errors.mean()), epoch)
-        pruned = trial.should_prune()
-        return pruned
+        if trial.should_prune():
+            raise optuna.TrialPruned
 
     try:
         chosen = recipe.changed(**settings)
         results = replicas.train(task, [(chosen, seed) for seed in seeds], on_epoch)
     except Exception as error:
-        trial.set_user_attr("failure", reason(error))
+        if not isinstance(error, optuna.TrialPruned):
+            trial.set_user_attr("failure", reason(error))
         raise
-    if pruned:
-        raise optuna.TrialPruned
     return float(np.mean([result["validation_error"][-1] for result in results]))
 
 
@@ -193,13 +189,8 @@ def _table(study: optuna.Study) -> pd.DataFrame:
     rows = []
     for trial in _counted(study):
         errors = trial.intermediate_values
-        rows.append(
-            {
-                **{"trial": trial.number, "state": trial.state.name.lower().replace("fail", "failed")},
-                "validation_error": errors[max(errors)] if errors else np.nan,
-                **{"epochs": len(errors), "rank": trial.user_attrs.get("rank")},
-                "failure": trial.user_attrs.get("failure", ""),
-                **trial.params,
-            }
-        )
+        row = {"trial": trial.number, "state": trial.state.name.lower().replace("fail", "failed")}
+        row["validation_error"] = errors[max(errors)] if errors else np.nan
+        row |= {"epochs": len(errors), "rank": trial.user_attrs.get("rank")}
+        rows.append({**row, "failure": trial.user_attrs.get("failure", ""), **trial.params})
     return pd.DataFrame(rows).sort_values(["state", "validation_error"], ignore_index=True)

@@ -41,25 +41,15 @@ def sweep(
 ) -> pd.DataFrame:
     """Train every recipe with every seed, each pair once, even if it is named twice.
 
-    Parameters
-    ----------
-    recipes
-        Recipes, or recipes by name; a name becomes the column ``name``.
-    seeds
-        Each is that of the initial weights and of the order of the samples.
-    world
-        Ranks to spread the trainings over; None for this process alone.
-    task
-        What to learn; `tasks.DigitsTask` unless given.
-    path
-        Folder of what is done. None: a temporary one, and nothing is kept.
+    A seed is that of the initial weights and of the order of the samples. The trainings are spread over the ranks of
+    `world`; None is this process alone. `path` is the folder of what is done; None keeps nothing.
 
     Returns
     -------
     pandas.DataFrame
-        One row per training, in the order of recipes and seeds: name, the recipe's settings, seed, test_error and
-        validation_error (in %, after the last epoch), validation_errors (of each epoch), loss, diverged, steps,
-        time_s, and error: why a training failed, missing otherwise.
+        One row per training, in the order of recipes and seeds: name (or number), the recipe's settings, seed,
+        test_error and validation_error (in %, after the last epoch), validation_errors (of each epoch), loss, diverged,
+        steps, time_s, and error: why a training failed, missing otherwise.
 
     Raises
     ------

@@ -40,20 +40,11 @@ class DigitsTask:
     """Distorted digits, on which batches up to some thousand can be told apart in seconds.
 
     Validation and test images are made from originals that no training image was made from.
-
-    Attributes
-    ----------
-    samples
-        Training images; 2,000 for validation and 4,000 for the test come on top.
-    split
-        Seed of the division of the originals and of the distortion.
-    group
-        Samples that share the statistics of batch normalisation, as those of one rank do in data parallelism.
     """
 
-    samples: int = 32_768
-    split: int = 0
-    group: int = 32
+    samples: int = 32_768  # to train on; 2,000 for validation and 4,000 for the test come on top
+    split: int = 0  # seed of the division of the originals and of the distortion
+    group: int = 32  # samples that share the statistics of batch normalisation, as those of one rank do
 
     @lru_cache(maxsize=2)  # noqa: B019 - the task is a value
     def load(self) -> Data:
@@ -70,7 +61,7 @@ class DigitsTask:
     def build(self) -> keras.Model:
         import keras
 
-        from nurion_utils.large_batch.batch_norm import GroupedBatchNormalization
+        from nurion_utils.training import GroupedBatchNormalization
 
         layers: list[keras.Layer] = [keras.Input((144,))]
         for _ in range(4):

@@ -5,6 +5,8 @@ from . import memory as memory
 from . import models as models
 from . import optimizer as optimizer
 from . import step_timing as step_timing
+from .batch_norm import GroupedBatchNormalization as GroupedBatchNormalization
+from .batch_norm import SyncBatchNormalization as SyncBatchNormalization
 from .callbacks import BroadcastCallback as BroadcastCallback
 from .callbacks import MetricAverageCallback as MetricAverageCallback
 from .callbacks import SyncCheckCallback as SyncCheckCallback

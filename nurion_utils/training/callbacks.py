@@ -18,22 +18,11 @@ from nurion_utils.training.reduction import PluggedReduction
 
 
 def broadcast_model(model: keras.Model, root: int = 0) -> None:
-    """Give all ranks the weights and optimizer variables of one; for a training loop of one's own.
+    """Give all ranks the weights and optimizer variables of rank `root`; for a training loop of one's own.
 
-    The states of random generators (dropout, augmentation) are left alone: ranks see different samples and
-    should also draw different numbers, so seed each rank differently.
-
-    Parameters
-    ----------
-    model : keras.Model
-        Built, and compiled with its optimizer.
-    root : int
-        The rank to copy from.
-
-    Raises
-    ------
-    ValueError
-        On all ranks, if the model is not ready or differs between ranks in the name, shape or type of a variable.
+    The states of random generators (dropout, augmentation) are left alone: ranks see different samples and should also
+    draw different numbers, so seed each rank differently. ValueError, on all ranks, if the model is not built and
+    compiled, or differs between ranks in the name, shape or type of a variable.
     """
     if not model.built or getattr(model, "optimizer", None) is None:
         raise ValueError(
@@ -55,10 +44,6 @@ class BroadcastCallback(keras.callbacks.Callback):
     """Start training from the same state on all ranks: that of rank `root` (see `broadcast_model`).
 
     Without it ranks with different seeds average gradients of different models, and no rank learns well.
-
-    Parameters
-    ----------
-    root : int
     """
 
     def __init__(self, root: int = 0) -> None:
@@ -102,7 +87,6 @@ class MetricAverageCallback(keras.callbacks.Callback):
         logs = {} if logs is None else logs
         mine = keras.tree.map_structure(_as_numbers, dict(logs))
         everyones = _ranks_of(self.model).allgather((mine, self.samples, self.val_samples))
-        names = sorted(logs)
         for rank, (metrics, *_) in enumerate(everyones):
             if metrics.keys() != everyones[0][0].keys():
                 raise ValueError(
@@ -112,7 +96,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
         weights = np.array([numbers for _, *numbers in everyones], float)
         if not (weights.sum(axis=0) > 0).all() or (weights < 0).any():
             raise ValueError(f"the numbers of samples must be above 0 on some rank, not {weights.tolist()} by rank")
-        for name in names:
+        for name in sorted(logs):
             values = [metrics[name] for metrics, *_ in everyones]
             logs[name] = _average(name, values, weights[:, int(name.startswith("val_"))])
 

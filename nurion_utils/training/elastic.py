@@ -34,17 +34,8 @@ class ElasticState(ObjectState):
     >>> state.epoch += 1  # doctest: +SKIP
     >>> state.commit()  # doctest: +SKIP
 
-    Parameters
-    ----------
-    model : keras.Model
-        Built and compiled.
-    **counters
-        Become attributes of the state; any picklable values.
-
-    Raises
-    ------
-    ValueError
-        If the model is not ready, or a counter has the name of something that the state is or does.
+    The counters, any picklable values, become attributes of the state. ValueError if the model is not built and
+    compiled, or a counter has the name of something that the state is or does.
     """
 
     def __init__(self, model: keras.Model, **counters: Any) -> None:
@@ -91,17 +82,9 @@ def elastic_run(function: Callable) -> Callable:
     ...        state.epoch += 1
     ...        state.commit()
 
-    Parameters
-    ----------
-    function : callable
-        Takes an `ElasticState` first. After each loss it is called anew on the ranks that are left, with the
-        state of the last commit.
-
-    Returns
-    -------
-    callable
-        Returns what `function` returns and raises what it raises. Only a broken connection between ranks is
-        answered with a new start.
+    The function takes an `ElasticState` first. After each loss it is called anew on the ranks that are left, with the
+    state of the last commit. Only a broken connection between ranks is answered with a new start: what else the
+    function returns or raises is returned and raised.
     """
 
     @functools.wraps(function)

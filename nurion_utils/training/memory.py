@@ -28,24 +28,12 @@ FUSION_BUFFER_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class Footprint:
-    """What training a model takes on one node; `footprint` reads it off a Keras model.
+    """What training a model takes on one node; `footprint` reads it off a Keras model."""
 
-    Attributes
-    ----------
-    weight_bytes : int
-        Weights that are trained.
-    state_bytes : int
-        Weights that are not, such as the running means of batch normalisation.
-    activation_bytes : int
-        Activations that one sample leaves for the backward pass.
-    optimizer : str
-        One of `OPTIMIZER_SLOTS`.
-    """
-
-    weight_bytes: int
-    activation_bytes: int
-    optimizer: str
-    state_bytes: int = 0
+    weight_bytes: int  # weights that are trained
+    activation_bytes: int  # activations that one sample leaves for the backward pass
+    optimizer: str  # one of `OPTIMIZER_SLOTS`
+    state_bytes: int = 0  # weights that are not trained, such as the running means of batch normalisation
 
     def __post_init__(self) -> None:
         one_of(self.optimizer, "optimizer", OPTIMIZER_SLOTS)
@@ -84,6 +72,10 @@ def footprint(model: keras.Model, optimizer: str = "adam") -> Footprint:
     Scratch space of the kernels is not in it, nor what a framework saves by fusing layers or overwriting one.
     """
     import keras
+    import tensorflow as tf
+
+    def size_bytes(shape: tuple[int, ...], dtype: str) -> int:
+        return prod(shape) * tf.as_dtype(dtype).size
 
     def layers_of(model: keras.Model) -> Iterator[keras.Layer]:
         for layer in model.layers:
@@ -99,20 +91,9 @@ def footprint(model: keras.Model, optimizer: str = "adam") -> Footprint:
         shape = layer.output.shape[1:]
         if None in shape:
             raise ValueError(f"layer {layer.name!r} has an output of unknown size: give the Input a fixed shape")
-        activations += prod(shape) * _bytes_per_number(layer.compute_dtype)
-    return Footprint(
-        weight_bytes=_bytes_of(model.trainable_weights),
-        state_bytes=_bytes_of(model.non_trainable_weights),
-        activation_bytes=activations,
-        optimizer=optimizer,
+        activations += size_bytes(shape, layer.compute_dtype)
+    weights, state = (
+        sum(size_bytes(weight.shape, weight.dtype) for weight in some)
+        for some in (model.trainable_weights, model.non_trainable_weights)
     )
-
-
-def _bytes_of(weights: list[keras.Variable]) -> int:
-    return sum(prod(weight.shape) * _bytes_per_number(weight.dtype) for weight in weights)
-
-
-def _bytes_per_number(dtype: str) -> int:
-    import tensorflow as tf
-
-    return tf.as_dtype(dtype).size
+    return Footprint(weights, activations, optimizer, state)

@@ -17,38 +17,29 @@ COSMOFLOW_WEIGHTS = 7_041_443  # that train, for 3 outputs, as the authors' code
 
 
 def cosmoflow(outputs: int = 3) -> keras.Model:
-    """The CosmoFlow network at full size: volumes of 128^3, 7 convolutions, 3 dense layers.
+    """The CosmoFlow network at full size: volumes of 128^3, 7 convolutions, 3 dense layers; predicts `outputs` numbers.
 
     Read in the authors' code (github.com/NERSC/cosmoflow, CosmoNet.py, which goes with Mathuriya et al. 2018,
-    arXiv 1808.04728): kernels, channels, strides, unpadded convolutions, average pooling, widths of the dense
-    layers, Glorot initialisation and biases of 0.1. The code counts `COSMOFLOW_WEIGHTS` for 3 outputs, and
-    a log of its runs 7,041,186 for 2; this network has exactly as many. As float32 gradients they are
-    28.17 MB; the paper's figure is remembered as 28.15 MB.
+    arXiv 1808.04728): kernels, channels, strides, unpadded convolutions, average pooling, widths of the dense layers,
+    Glorot initialisation and biases of 0.1. The code counts `COSMOFLOW_WEIGHTS` for 3 outputs, and a log of its runs
+    7,041,186 for 2; this network has exactly as many. As float32 gradients they are 28.17 MB; the paper's figure is
+    remembered as 28.15 MB.
 
-    Inferred: the code declares a third pooling whose result it never uses, and folds the 8^3 x 256 values
-    that follow into 64 rows of 2048. One row of 2048, as the first dense layer expects, comes out if that
-    pooling follows the fourth convolution; so it does here. The slope of the leaky ReLU is a setting that
-    the code reads from elsewhere: 0.2 here. Its dropout, also a setting, is left out.
-
-    Parameters
-    ----------
-    outputs : int
-        Parameters to predict.
+    Inferred: the code declares a third pooling whose result it never uses, and folds the 8^3 x 256 values that follow
+    into 64 rows of 2048. One row of 2048, as the first dense layer expects, comes out if that pooling follows the
+    fourth convolution; so it does here. The slope of the leaky ReLU is a setting that the code reads from elsewhere:
+    0.2 here. Its dropout, also a setting, is left out.
     """
     import keras
     from keras import layers
 
+    bias = {"bias_initializer": keras.initializers.Constant(0.1)}
+
     def convolution(channels: int, width: int, strides: int = 1) -> list[keras.Layer]:
-        return [
-            layers.Conv3D(channels, width, strides=strides, bias_initializer=keras.initializers.Constant(0.1)),
-            layers.LeakyReLU(0.2),
-        ]
+        return [layers.Conv3D(channels, width, strides=strides, **bias), layers.LeakyReLU(0.2)]
 
     def dense(width: int) -> list[keras.Layer]:
-        return [
-            layers.Dense(width, bias_initializer=keras.initializers.Constant(0.1)),
-            layers.LeakyReLU(0.2),
-        ]
+        return [layers.Dense(width, **bias), layers.LeakyReLU(0.2)]
 
     return keras.Sequential(
         [
@@ -66,25 +57,18 @@ def cosmoflow(outputs: int = 3) -> keras.Model:
             layers.Flatten(),
             *dense(2048),
             *dense(256),
-            layers.Dense(outputs, bias_initializer=keras.initializers.Constant(0.1)),
+            layers.Dense(outputs, **bias),
         ],
         name="cosmoflow",
     )
 
 
 def cosmoflow_small(size: int, outputs: int = 3) -> keras.Model:
-    """CosmoFlow's small sister: the same kinds of layers, as many as bring ``size``^3 down to 4^3.
+    """CosmoFlow's small sister: the same kinds of layers, as many as bring ``size``^3 voxels down to 4^3.
 
-    It has 1.45 million parameters at 64^3, 0.36 million at 32^3 and 0.09 million at 16^3. Unlike its sister
-    it averages over the volume before the dense layers: the universe is alike everywhere, and from a few
-    hundred volumes a network that is not told so learns them by heart.
-
-    Parameters
-    ----------
-    size : int
-        Voxels along an edge: 8, 16, 32, 64 or 128.
-    outputs : int
-        Parameters to predict.
+    `size` is 8, 16, 32, 64 or 128. It has 1.45 million parameters at 64^3, 0.36 million at 32^3 and 0.09 million at
+    16^3. Unlike its sister it averages over the volume before the dense layers: the universe is alike everywhere, and
+    from a few hundred volumes a network that is not told so learns them by heart.
     """
     one_of(size, "size", (8, 16, 32, 64, 128))
     import keras
@@ -106,10 +90,7 @@ def cosmoflow_small(size: int, outputs: int = 3) -> keras.Model:
 
 
 def mlp(widths: tuple[int, ...] = (64, 128, 128, 10)) -> keras.Model:
-    """A perceptron of the given widths, input first; the outputs are logits.
-
-    The default reads scikit-learn's digits.
-    """
+    """A perceptron of these widths, input first; the outputs are logits. The default reads scikit-learn's digits."""
     import keras
     from keras import layers
 
@@ -131,5 +112,4 @@ def mobilenet(size: int = 32) -> keras.Model:
     """
     import keras
 
-    shape = (size, size, 3)
-    return keras.applications.MobileNetV2(shape, alpha=0.35, weights=None, classes=10)
+    return keras.applications.MobileNetV2((size, size, 3), alpha=0.35, weights=None, classes=10)

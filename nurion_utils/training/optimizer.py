@@ -55,11 +55,6 @@ def DistributedOptimizer(  # the name that the field knows
         rank's gradients, with the function that averages such a list, and with how many accumulated batches they
         are means of; it must return the averages. A scalar that it adds to the list travels in the same message.
 
-    Returns
-    -------
-    keras.optimizers.Optimizer
-        What to compile the model with.
-
     Raises
     ------
     ImportError

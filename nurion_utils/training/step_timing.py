@@ -27,7 +27,6 @@ def step_times(
     stages: tuple[str, ...] = STAGES,
     rounds: int = 8,
     block_s: float = 0.5,
-    reducer: Callable[[np.ndarray], None] | None = None,
 ) -> pd.DataFrame:
     """Time training steps on this rank together with all others; call it on every rank.
 
@@ -39,8 +38,7 @@ def step_times(
     build
         Makes the model; its loss is the mean squared error.
     batches
-        Makes an endless iterator of ``(x, y)`` batches, such as ``iter(shard.dataset(...))``; further items
-        of a batch are not used.
+        Makes something endless of ``(x, y)`` batches, such as ``shard.dataset(...)``; further items are not used.
     stages
         Which of "forward" (the forward pass alone), "gradient" (and the backward pass), "update" (and an SGD
         update, every rank by itself) and "allreduce" (the update with gradients averaged over ranks) to time.
@@ -48,8 +46,6 @@ def step_times(
         Number of blocks per stage.
     block_s
         Approximate length of one block in seconds.
-    reducer
-        Passed to `DistributedOptimizer`.
 
     Returns
     -------
@@ -62,7 +58,7 @@ def step_times(
     comm = MPI.COMM_WORLD
     iterator = iter(batches())
     batch_size = len(next(iterator)[0])
-    steps = {stage: _stage(stage, build(), reducer) for stage in stages}
+    steps = {stage: _stage(stage, build()) for stage in stages}
 
     def block(stage: str, count: int) -> tuple[float, float]:
         input_s = 0.0
@@ -74,8 +70,7 @@ def step_times(
             input_s += time.perf_counter() - asked
             result = steps[stage](x, y)
         float(result)  # wait for the last step
-        slowest = comm.allreduce(((time.perf_counter() - begin) / count, input_s / count), op=MPI.MAX)
-        return slowest
+        return comm.allreduce(((time.perf_counter() - begin) / count, input_s / count), op=MPI.MAX)
 
     for stage in stages:
         block(stage, 3)  # traces and warms up
@@ -90,22 +85,14 @@ def step_times(
 
 
 def parts(times: pd.DataFrame) -> pd.DataFrame:
-    """Split a step into what each stage adds.
+    """Split a step into what each stage adds, from what `step_times` returned for all of `STAGES`.
 
-    Parameters
-    ----------
-    times
-        What `step_times` returned for all of `STAGES`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per part: ``part``, ``time_s`` (median over rounds), ``low_s`` and ``high_s`` (quartiles). A part
-        is a difference of two measurements, so noise can make a small one negative.
+    One row per part: ``part``, ``time_s`` (median over rounds), ``low_s`` and ``high_s`` (quartiles). A part is a
+    difference of two measurements, so noise can make a small one negative.
     """
-    wide = times.pivot(index="round", columns="stage", values="step_s")[list(STAGES)]
-    waited = times.pivot(index="round", columns="stage", values="input_s")[list(STAGES)]
-    wide = wide - waited
+    by_stage = times.pivot(index="round", columns="stage", values=["step_s", "input_s"])
+    waited = by_stage["input_s"]
+    wide = by_stage["step_s"] - waited
     columns = {
         "waiting for input": waited["allreduce"],
         "forward pass": wide["forward"],
@@ -117,7 +104,7 @@ def parts(times: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["part", "time_s", "low_s", "high_s"])
 
 
-def _stage(stage: str, model: keras.Model, reducer: Any) -> Callable[[Any, Any], tf.Tensor]:
+def _stage(stage: str, model: keras.Model) -> Callable[[Any, Any], tf.Tensor]:
     one_of(stage, "stage", STAGES)
     import keras
     import tensorflow as tf
@@ -126,7 +113,7 @@ def _stage(stage: str, model: keras.Model, reducer: Any) -> Callable[[Any, Any],
 
     optimizer = keras.optimizers.SGD(1e-4, momentum=0.9)
     if stage == "allreduce":
-        optimizer = DistributedOptimizer(optimizer, reducer=reducer)
+        optimizer = DistributedOptimizer(optimizer)
     variables = model.trainable_variables
     optimizer.build(variables)
 

@@ -39,11 +39,6 @@ def test_the_division_is_fixed_by_its_seed_and_keeps_the_share_of_each_digit():
     np.testing.assert_allclose(shares, np.bincount(first[3]) / len(first[3]), atol=0.003)
 
 
-def test_a_test_share_that_leaves_nothing_to_learn_from_is_refused():
-    with pytest.raises(ValueError, match="test_share must be between 0 and 1, not 1"):
-        digits.load(test_share=1)
-
-
 # --- volumes: what they are -----------------------------------------------------------------------------
 
 

@@ -74,12 +74,6 @@ def test_milestones_fall_on_the_step_that_begins_at_them():
     np.testing.assert_allclose(rates, np.repeat([1, 0.1, 0.01, 0.001], [3, 3, 2, 1])[:, None] * np.ones(7), rtol=1e-6)
 
 
-def test_a_cosine_begins_at_the_peak_after_the_warm_up_is_half_in_the_middle_and_ends_at_zero():
-    recipe = Recipe(256, decay="cosine", warmup="gradual", warmup_epochs=2, epochs=10)
-    assert recipe.rate(2.0) == 0.4 and recipe.rate(6.0) == pytest.approx(0.2) and recipe.rate(10.0) == 0.0
-    assert np.all(np.diff(recipe.rate(np.linspace(2, 10, 99))) < 0)
-
-
 @some
 @given(recipes(), samples)
 def test_the_table_is_the_formula_at_the_epoch_in_which_each_step_begins(recipe, samples):

@@ -95,18 +95,9 @@ class GroupedBatchNormalization(keras.layers.BatchNormalization):
     average over the groups with the weight that the groups would have one after the other.  So they are as old, in
     samples, whatever the batch: a large batch has too few steps for them to arrive at one step's weight.
 
-    Parameters
-    ----------
-    group : int
-        Samples that are normalised together; they follow one another in the batch. What remains at the end of a batch
-        is a smaller group.
-    **settings
-        Those of `keras.layers.BatchNormalization`, without renorm and synchronized.
-
-    Raises
-    ------
-    ValueError
-        If there is a mask in training.
+    So many samples are normalised together as follow one another in the batch; what remains at its end is a smaller
+    group. Further settings are those of `keras.layers.BatchNormalization`, without renorm and synchronized. ValueError
+    if there is a mask in training.
     """
 
     def __init__(self, group: int, **settings: Any):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras.layers import Activation, BatchNormalization, Concatenate, Conv2D, Dense
 
-from nurion_utils.large_batch.batch_norm import GroupedBatchNormalization, SyncBatchNormalization
+from nurion_utils.training.batch_norm import GroupedBatchNormalization, SyncBatchNormalization
 
 few = settings(max_examples=25, deadline=None)
 STEPS = 5
