@@ -62,18 +62,18 @@ def check_known_answer(tables: list[pd.DataFrame]) -> None:
 
 
 def test_two_ranks_measure_a_noise_scale_that_is_known(world2):
-    check_known_answer(world2.run(measure, 2000, timeout_s=120))
+    check_known_answer(world2.run(measure, 2000, timeout_s=480))
 
 
 def test_four_ranks_measure_a_noise_scale_that_is_known(world4):
-    check_known_answer(world4.run(measure, 1500, timeout_s=120))
+    check_known_answer(world4.run(measure, 1500, timeout_s=480))
 
 
 def test_accumulated_batches_count_as_one_larger_batch(world2):
     def accumulated():
         return measure(4000, gradient_accumulation_steps=2)
 
-    tables = world2.run(accumulated, timeout_s=120)
+    tables = world2.run(accumulated, timeout_s=480)
     assert tables[0]["step"].item() == 2000
     check_known_answer(tables)
 
@@ -82,7 +82,7 @@ def test_the_loss_scale_of_mixed_precision_is_divided_out(world2):
     def mixed():
         return measure(2000, "mixed_float16")
 
-    check_known_answer(world2.run(mixed, timeout_s=120))
+    check_known_answer(world2.run(mixed, timeout_s=480))
 
 
 def digits(rank: int, world_size: int, batch: int = 32) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +130,7 @@ def test_while_a_perceptron_trains_the_estimate_is_that_of_its_saved_gradients(w
         train(DistributedOptimizer(SGD(0.1), observer=in_graph))
         return saved, noise.table(window=14), in_graph.table(window=14)
 
-    saved, table, in_graph = world2.run(save_and_measure, timeout_s=120)[0]
+    saved, table, in_graph = world2.run(save_and_measure, timeout_s=480)[0]
     flat = [np.array([np.concatenate([np.ravel(g) for g in part]) for part in parts], float) for parts in saved]
     steps = [of_parts(gradients, 32) for gradients in flat]
     assert table["step"].tolist() == [14, 28, 42, 56]
@@ -154,11 +154,11 @@ def with_and_without() -> list[bool]:
 
 
 def test_on_two_ranks_training_ends_at_the_same_bits_with_the_observer_as_without(world2):
-    assert world2.run(with_and_without, timeout_s=120) == [[True, True]] * 2
+    assert world2.run(with_and_without, timeout_s=480) == [[True, True]] * 2
 
 
 def test_on_four_ranks_training_ends_at_the_same_bits_with_the_observer_as_without(world4):
-    assert world4.run(with_and_without, timeout_s=120) == [[True, True]] * 4
+    assert world4.run(with_and_without, timeout_s=480) == [[True, True]] * 4
 
 
 def test_the_squared_length_travels_in_the_message_of_the_gradients(world2):

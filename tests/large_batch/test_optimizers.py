@@ -366,7 +366,7 @@ def train_on_ranks(cases: dict) -> dict[str, list[np.ndarray]]:
 
 
 def test_two_ranks_equal_one_with_twice_the_batch(world2):
-    apart = world2.run(train_on_ranks, CASES, timeout_s=120)
+    apart = world2.run(train_on_ranks, CASES, timeout_s=480)
     for name, make in CASES.items():
         alone = train(make())
         assert max(distance(found[name], alone) for found in apart) <= 2e-6
