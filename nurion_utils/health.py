@@ -41,12 +41,7 @@ def _machine_checks(n_ranks: int) -> list[tuple[str, str, bool, str]]:
     return [
         ("Python", sys.version.split()[0], sys.version_info[:2] == (3, 11), "Set up again with Python 3.11."),
         *[(name, installed(name), installed(name) != "missing", "Run make setup.") for name in PACKAGES],
-        (
-            "cores for the ranks",
-            f"{cores} for {n_ranks} ranks",
-            True,
-            "",
-        ),
+        ("cores for the ranks", f"{cores} for {n_ranks} ranks", True, ""),
         (
             "cores busy with something else",
             f"{busy:.1f} of {cores}",
@@ -69,17 +64,11 @@ def _machine_checks(n_ranks: int) -> list[tuple[str, str, bool, str]]:
 
 
 def _rank_checks(answers: list[dict[str, Any]]) -> list[tuple[str, str, bool, str]]:
-    n = len(answers)
-    first = answers[0]
+    n, first = len(answers), answers[0]
     total = n * (n - 1) // 2
-    mpi_right = all(answer["mpi_sum"] == total for answer in answers)
-    horovod_right = all(answer["horovod_sum"] == total for answer in answers)
-    order = [answer["rank"] for answer in answers]
-    pinned = [answer["cores"] for answer in answers]
-    disjoint = n > len(os.sched_getaffinity(0)) or len({core for cores in pinned for core in cores}) == sum(
-        map(len, pinned)
-    )
-    operations = ", ".join(name for name, built in first["horovod_operations"].items() if built)
+    order, pinned = [answer["rank"] for answer in answers], [answer["cores"] for answer in answers]
+    disjoint = n > len(os.sched_getaffinity(0)) or len(set().union(*pinned)) == sum(map(len, pinned))
+    built = first["horovod_operations"]
     return [
         ("MPI library", first["mpi_library"], True, ""),
         ("ranks in order", str(order), order == list(range(n)), "Restart the ranks: world.restart()."),
@@ -87,19 +76,19 @@ def _rank_checks(answers: list[dict[str, Any]]) -> list[tuple[str, str, bool, st
         (
             "MPI adds up the rank numbers",
             f"{first['mpi_sum']} (expected {total})",
-            mpi_right,
+            all(answer["mpi_sum"] == total for answer in answers),
             "mpi4py uses another MPI than the one that started the ranks: remove .venv and run make setup.",
         ),
         (
             "Horovod adds up the rank numbers",
             f"{first['horovod_sum']:g} (expected {total})",
-            horovod_right,
+            all(answer["horovod_sum"] == total for answer in answers),
             "Horovod does not see all ranks: it was built without MPI; remove .venv and run make setup.",
         ),
         (
             "operations Horovod was built with",
-            operations,
-            all(first["horovod_operations"].values()),
+            ", ".join(name for name in built if built[name]),
+            all(built.values()),
             "Horovod was built elsewhere: remove .venv and run make setup to build it with MPI, Gloo and oneCCL.",
         ),
         (

@@ -1,8 +1,8 @@
 """Started ranks are dear, so all tests of a session share them, and TensorFlow is imported once on each.
 
 After a module its ranks are tidied: ranks in which Horovod has started poll each other for work, and would take half
-of two cores from the tests that follow. A test that breaks a world starts its own, or leaves it broken: the next
-module is given fresh ranks.
+of two cores from the tests that follow. A test that breaks a world starts its own, or leaves it broken: the next test
+is given fresh ranks.
 """
 
 import os
@@ -105,6 +105,14 @@ def world2(started: dict[int, ranks.World]) -> Iterator[ranks.World]:
 def world4(started: dict[int, ranks.World]) -> Iterator[ranks.World]:
     """Four ranks; on two cores they share."""
     yield from lend(started, 4)
+
+
+@pytest.fixture(autouse=True)
+def whole(request: pytest.FixtureRequest, started: dict[int, ranks.World]) -> None:
+    """The failure of a test is not that of others, too, which share its ranks."""
+    for n, world in started.items():
+        if f"world{n}" in request.fixturenames and "running" not in repr(world):
+            world.restart()
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ import pandas as pd
 from nurion_utils import backends, jobs, ranks, recordings, style, timing
 from nurion_utils.backends import recording, timeline
 from nurion_utils.backends.timeline import draw
+from nurion_utils.training import models
 
 style.use()
 files = Path(tempfile.mkdtemp())
@@ -241,8 +242,26 @@ plt.show()
 # Horovod can look for a cycle time and a buffer by itself while it trains (`HOROVOD_AUTOTUNE=1`): it tries points, scores each in bytes of gradients per time, and lets a Bayesian optimiser say where to try next. It searches only for what has not been set, so it gets fresh ranks here, and the same network. `SHORT_SEARCH` ends the search after some 15 points of few steps each, a sixth of what Horovod would take; the last point is the best one once more.
 
 # %% alt="Left: the score of each point that Horovod's search tried, in the order of the search, with the best one so far as a line. Right: the points in the plane of cycle time and buffer size, larger dots for higher scores; the large ones have cycle times up to about 10 ms."
-with ranks.start(n_ranks, env=backends.SHORT_SEARCH) as fresh:
-    search = backends.autotune(fresh)
+SHORT_SEARCH = {  # read when Horovod is loaded: points to throw away, steps of a sample, points to try
+    "HOROVOD_AUTOTUNE_WARMUP_SAMPLES": "1",
+    "HOROVOD_AUTOTUNE_STEPS_PER_SAMPLE": "2",
+    "HOROVOD_AUTOTUNE_BAYES_OPT_MAX_SAMPLES": "15",
+}
+
+
+def train_while_searching(log: str, steps: int = 200) -> None:
+    """On every rank: the steps of the sweep above; rank 0 writes down each point that Horovod has tried."""
+    backends.init("MPI", cycle_ms=None, fusion_bytes=None, autotune_log=log)
+    step = backends.steps_of(models.mobilenet)("none")
+    for _ in range(steps):
+        step()
+    backends.shutdown()
+
+
+with ranks.start(n_ranks, env=SHORT_SEARCH) as fresh:
+    fresh.run(train_while_searching, str(files / "search.csv"))
+search = pd.read_csv(files / "search.csv").rename_axis("point").reset_index()
+search = search.rename(columns={"cycle_time_ms": "cycle_ms", "tensor_fusion_threshold": "fusion_mb"})
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3), layout="constrained")
 left.plot(search["point"], search["score"], "o", color="#0072B2", label="point")
 left.plot(search["point"], search["score"].cummax(), color="#D55E00", drawstyle="steps-post", label="best so far")

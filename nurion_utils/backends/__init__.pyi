@@ -8,11 +8,10 @@ from .choosing import BackendError as BackendError
 from .choosing import settings as settings
 from .epochs import GRADIENT_BYTES as GRADIENT_BYTES
 from .epochs import measure_epochs as measure_epochs
-from .fusion import SHORT_SEARCH as SHORT_SEARCH
-from .fusion import autotune as autotune
 from .fusion import measure_fusion as measure_fusion
-from .horovod import init as init
-from .horovod import shutdown as shutdown
+from .fusion import steps_of as steps_of
 from .measuring import BackendWorlds as BackendWorlds
 from .measuring import measure_backends as measure_backends
 from .measuring import timed as timed
+from .process import init as init
+from .process import shutdown as shutdown

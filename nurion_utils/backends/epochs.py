@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nurion_utils._checks import whole_number
+import nurion_utils.ranks
+from nurion_utils._checks import positive, whole_number
 from nurion_utils.backends.choosing import Backend, named
-from nurion_utils.backends.horovod import init, shutdown
-from nurion_utils.backends.measuring import BackendWorlds
+from nurion_utils.backends.measuring import TIMEOUT_S, BackendWorlds, random_training
+from nurion_utils.backends.process import init, shutdown
+from nurion_utils.ranks.launchers import lab
 from nurion_utils.training import models
 
 if TYPE_CHECKING:
@@ -43,18 +45,12 @@ def measure_epochs(
 
     Parameters
     ----------
-    backends
-        Names in `BACKENDS`, or backends of your own by name.
-    ranks
-        Ranks per backend.
+    backends, ranks
+        As for `measure_backends`.
     image
         Pixels along an edge, from 32 up. It changes the time of computing, and leaves the gradients at 102 MB.
-    batch
-        Images per rank and step.
-    steps
-        Steps of an epoch.
-    repeats
-        Epochs per backend.
+    batch, steps, repeats
+        Images per rank and step, steps of an epoch, and epochs per backend.
     rate_mbit
         If given, the ranks sit in a network lab with links of that rate, in Mbit/s.
 
@@ -67,17 +63,21 @@ def measure_epochs(
 
     Raises
     ------
-    ValueError
-        An argument is not possible; nothing was started.
-    RankError, LabError
-        A rank raised, or ranks died twice; or there can be no lab here.
+    ValueError, RankError
+        As of `measure_backends`.
+    LabError
+        There can be no lab here.
     """
     import pandas as pd
 
     chosen = named(backends)
     ranks, image = whole_number(ranks, "ranks", 2), whole_number(image, "image", 32)
     batch, steps, repeats = whole_number(batch, "batch"), whole_number(steps, "steps"), whole_number(repeats, "repeats")
-    with BackendWorlds(chosen, ranks, rate_mbit=rate_mbit, most_bytes=4 * GRADIENT_BYTES * (steps + 1)) as worlds:
+    start, timeout_s = partial(nurion_utils.ranks.start, ranks), TIMEOUT_S
+    if rate_mbit is not None:
+        start = partial(lab.start, ranks, positive(rate_mbit, "rate_mbit"))
+        timeout_s += 8e-6 * 4 * GRADIENT_BYTES * (steps + 1) * ranks / rate_mbit  # so much goes through each link
+    with BackendWorlds(chosen, start, timeout_s) as worlds:
         observed = worlds.observe(repeats, _epoch, image, batch, steps)
     rows = [(name, ranks, image, batch, turn, *(times or (np.nan,) * 2), why) for name, turn, times, why in observed]
     columns = ["backend", "ranks", "image", "batch_per_rank", "repeat", "epoch_s", "communication_s", "absent"]
@@ -92,15 +92,15 @@ def _epoch(backend: Backend, image: int, batch: int, steps: int) -> tuple[float,
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    gradients_of, reduce, update, x, y = _trainer(image, batch)
+    gradients, reduce, update = _trainer(image, batch)
     init(backend)
-    update(reduce(gradients_of(x, y)))  # warms up
+    update(reduce(gradients()))  # warms up
     comm.Barrier()
     communication_s, begin_s = 0.0, time.perf_counter()
     for _ in range(steps):
-        gradients = gradients_of(x, y)
+        own = gradients()
         computed_s = time.perf_counter()
-        averages = reduce(gradients)
+        averages = reduce(own)
         communication_s += time.perf_counter() - computed_s
         update(averages)
     epoch_s = time.perf_counter() - begin_s
@@ -109,31 +109,14 @@ def _epoch(backend: Backend, image: int, batch: int, steps: int) -> tuple[float,
 
 
 @lru_cache(maxsize=1)
-def _trainer(image: int, batch: int) -> tuple[Callable, Callable, Callable, Any, Any]:
+def _trainer(image: int, batch: int) -> tuple[Callable, Callable, Callable]:
     import horovod.tensorflow as hvd
     import keras
     import tensorflow as tf
 
-    model = models.resnet50(image)
-    variables = model.trainable_variables
+    network, gradients = random_training(partial(models.resnet50, image), batch)
     optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
-    optimizer.build(variables)
-    loss_of = keras.losses.SparseCategoricalCrossentropy()
-
-    @tf.function
-    def gradients_of(x: tf.Tensor, y: tf.Tensor) -> list[tf.Tensor]:
-        with tf.GradientTape() as tape:
-            loss = loss_of(y, model(x, training=True))
-        return tape.gradient(loss, variables)
-
-    @tf.function
-    def reduce(gradients: list[tf.Tensor]) -> list[tf.Tensor]:
-        return hvd.grouped_allreduce(gradients, op=hvd.Average, name="gradients")
-
-    @tf.function
-    def update(gradients: list[tf.Tensor]) -> None:
-        optimizer.apply(gradients, variables)
-
-    random = np.random.default_rng(0)
-    x = tf.constant(random.random((batch, image, image, 3)), tf.float32)
-    return gradients_of, reduce, update, x, tf.constant(random.integers(0, 1000, batch))
+    optimizer.build(network.trainable_variables)
+    reduce = tf.function(lambda own: hvd.grouped_allreduce(own, op=hvd.Average, name="gradients"))
+    update = tf.function(lambda averages: optimizer.apply(averages, network.trainable_variables))
+    return tf.function(gradients), reduce, update

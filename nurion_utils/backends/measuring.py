@@ -15,15 +15,20 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from nurion_utils import ranks, timing
+import nurion_utils.ranks
+from nurion_utils import timing
 from nurion_utils._checks import positive, whole_number
 from nurion_utils.backends.choosing import Backend, BackendError, named, settings
-from nurion_utils.backends.horovod import init, shutdown
-from nurion_utils.ranks import RankError, World
-from nurion_utils.ranks.launchers import lab
+from nurion_utils.backends.process import init, shutdown
+from nurion_utils.ranks import RankError
 
 if TYPE_CHECKING:
+    import keras
     import pandas as pd
+    import tensorflow as tf
+
+    from nurion_utils.ranks import World
+    from nurion_utils.ranks.launchers.lab import Lab
 
 T = TypeVar("T")
 
@@ -41,13 +46,11 @@ def measure_backends(
     *,
     cycles_ms: Sequence[float] = (1.0,),
     env: Mapping[str, str] | None = None,
-    rate_mbit: float | None = None,
 ) -> pd.DataFrame:
     """Time Horovod's allreduce of one float32 tensor over several backends, which take turns.
 
-    Each backend has ranks of its own, which are started here and ended here. While one is measured, Horovod is shut
-    down on the others. Each first reduces with Horovod's timeline on, which says what really carried the tensor; the
-    sums are compared with the exact ones.
+    Each backend has ranks of its own, started and ended here. Each first reduces with Horovod's timeline on, which says
+    what really carried the tensor; the sums are compared with the exact ones.
 
     Parameters
     ----------
@@ -62,9 +65,7 @@ def measure_backends(
     cycles_ms
         Values of Horovod's cycle time; each backend is measured with every one in each turn.
     env
-        Further environment variables for the ranks, such as `KEEP_MEMORY`; not with `rate_mbit`.
-    rate_mbit
-        If given, the ranks sit in a network lab with links of that rate, in Mbit/s.
+        Further environment variables for the ranks, such as `KEEP_MEMORY`.
 
     Returns
     -------
@@ -80,8 +81,8 @@ def measure_backends(
         An argument is not possible; nothing was started.
     BackendError
         Horovod used another operation than the backend stands for.
-    RankError, LabError
-        A rank raised, such as for a wrong sum, or ranks died twice; or there can be no lab here.
+    RankError
+        A rank raised, such as for a wrong sum, or ranks died twice.
     """
     import pandas as pd
 
@@ -93,7 +94,9 @@ def measure_backends(
     cycles = _each_once(cycles_ms, "cycles_ms")
     for cycle in cycles:
         settings(cycle_ms=positive(cycle, "a cycle time in ms"))
-    with BackendWorlds(chosen, ranks, env, rate_mbit, most_bytes=20 * max(sizes) * len(cycles)) as worlds:
+    if not isinstance(env or {}, Mapping):
+        raise ValueError(f"env must be a dictionary of environment variables, not {env!r}")
+    with BackendWorlds(chosen, partial(nurion_utils.ranks.start, ranks, env=dict(env or {}))) as worlds:
         observed = worlds.observe(repeats, timed, sizes, cycles)
     rows = [
         (name, ranks, cycle, size, turn, times[cycle, size] if times else np.nan, why)
@@ -118,6 +121,15 @@ def _each_once(values: Sequence[T], name: str) -> list[T]:
 class BackendWorlds:
     """Ranks for each backend, on which it has been proved to run, until the end of a ``with`` statement.
 
+    Parameters
+    ----------
+    backends
+        By name.
+    start
+        Starts the ranks of one: gives a `World` or a `Lab`.
+    timeout_s
+        After this time a call has failed.
+
     Attributes
     ----------
     absent : dict of str to str
@@ -125,23 +137,11 @@ class BackendWorlds:
     """
 
     def __init__(
-        self,
-        backends: Mapping[str, Backend],
-        n_ranks: int,
-        env: Mapping[str, str] | None = None,
-        rate_mbit: float | None = None,
-        most_bytes: int = 0,
-    ):
-        if not isinstance(env or {}, Mapping):
-            raise ValueError(f"env must be a dictionary of environment variables, not {env!r}")
-        if env and rate_mbit is not None:
-            raise ValueError("ranks of a network lab take no env: leave out env or rate_mbit")
+        self, backends: Mapping[str, Backend], start: Callable[[], World | Lab], timeout_s: float = TIMEOUT_S
+    ) -> None:
         self.absent: dict[str, str] = {}
         self._backends, self._worlds = backends, {}
-        self._start, self._timeout_s = partial(ranks.start, n_ranks, env=dict(env or {})), TIMEOUT_S
-        if rate_mbit is not None:
-            self._start = partial(lab.start, n_ranks, positive(rate_mbit, "rate_mbit"))
-            self._timeout_s += 8e-6 * most_bytes * n_ranks / rate_mbit  # `most_bytes` go through each link in a call
+        self._start, self._timeout_s = start, timeout_s
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:  # ends the ranks if something raises
@@ -152,7 +152,7 @@ class BackendWorlds:
                     found = self.run(name, _what_runs, backend)[0]
                 except RankError as error:
                     self.absent[name] = str(error).splitlines()[0]
-                    _end(self._worlds.pop(name))
+                    self._worlds.pop(name).__exit__()
                     continue
                 if found != backend.activity:
                     raise BackendError(f"Horovod carried the tensor with {found}, not {backend.activity}, for {name!r}")
@@ -161,28 +161,20 @@ class BackendWorlds:
 
     def __exit__(self, *exception: object) -> None:
         for world in self._worlds.values():
-            _end(world)
+            world.__exit__()
 
     def observe(self, repeats: int, function: Callable[..., T], *args: Any) -> list[tuple[str, int, T | None, str]]:
         """Run ``function(backend, *args)`` over each backend in turn.
 
-        Returns
-        -------
-        list
-            Name of the backend, number of the turn, what rank 0 returned, and an empty string; of an absent backend
-            its name, -1, None, and why it is absent.
+        Gives name of the backend, number of the turn, what rank 0 returned, and an empty string; of an absent backend
+        its name, -1, None, and why it is absent.
         """
         turns = timing.turns(list(self._worlds), repeats)
         rows = [(name, turn, self.run(name, function, self._backends[name], *args)[0], "") for turn, name in turns]
         return rows + [(name, -1, None, why) for name, why in self.absent.items()]
 
     def run(self, name: str, function: Callable[..., T], *args: Any) -> list[T]:
-        """Run ``function(*args)`` on the ranks of a backend; if they die, once more on new ones.
-
-        Returns
-        -------
-        list
-            Results in rank order.
+        """The results of ``function(*args)`` on the ranks of a backend, by rank; if they die, once more on new ones.
 
         Raises
         ------
@@ -194,13 +186,9 @@ class BackendWorlds:
         except RankError as error:  # ranks may also die by accident
             if not error.died:
                 raise
-        _end(self._worlds[name])  # its connections, too, or they would try its ports, now others', for ever
+        self._worlds[name].__exit__()  # its connections, too, or they would try its ports, now others', for ever
         self._worlds[name] = self._start()
         return self._worlds[name].run(function, *args, timeout_s=self._timeout_s)
-
-
-def _end(world: World | lab.Lab) -> None:
-    world.__exit__(None, None, None)
 
 
 @contextlib.contextmanager
@@ -214,22 +202,21 @@ def written_by_rank_0(name: str):
 
 
 def _what_runs(backend: Backend) -> str:
-    """On every rank: the operation that Horovod's timeline names for an allreduce over `backend`."""
+    """On every rank: the operation that the timeline names for an allreduce over `backend`; rank 0 knows."""
     import horovod.tensorflow as hvd
     import tensorflow as tf
     from mpi4py import MPI
 
     from nurion_utils.backends import timeline
 
-    found = None
     with written_by_rank_0("timeline.json") as file:
         init(backend, timeline=file)
         hvd.allreduce(tf.ones(4), op=hvd.Sum, name="what_runs")
         shutdown()
         if MPI.COMM_WORLD.rank == 0:
             rows = timeline.read(file)
-            found = ", ".join(sorted(rows[rows["phase"] == "wire"]["activity"].unique()))
-    return MPI.COMM_WORLD.bcast(found)
+            return ", ".join(sorted(rows[rows["phase"] == "wire"]["activity"].unique()))
+    return ""
 
 
 def timed(backend: Backend, sizes_bytes: list[int], cycles_ms: list[float]) -> dict[tuple[float, int], float]:
@@ -261,3 +248,22 @@ def _tensor(size_bytes: int, rank: int, n_ranks: int) -> tuple[Callable, Any, np
     mine, total = timing.exact_arrays(size_bytes, rank, n_ranks)
     reduce = tf.function(lambda tensor: hvd.allreduce(tensor, op=hvd.Sum, name=f"bytes_{size_bytes}"))
     return reduce, tf.constant(mine), total
+
+
+def random_training(model: Callable[[], keras.Model], batch: int) -> tuple[keras.Model, Callable[[], list[tf.Tensor]]]:
+    """On every rank: a network, and what computes its gradients of the mean square of its outputs for random inputs."""
+    import keras
+    import tensorflow as tf
+    from mpi4py import MPI
+
+    keras.utils.set_random_seed(1)  # equal weights on all ranks, other samples on each
+    network = model()
+    random = np.random.default_rng(MPI.COMM_WORLD.rank)
+    x = tf.constant(random.random((batch, *network.input_shape[1:])), tf.float32)
+
+    def gradients() -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(network(x, training=True)))
+        return tape.gradient(loss, network.trainable_variables)
+
+    return network, gradients

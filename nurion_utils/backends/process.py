@@ -1,4 +1,11 @@
-"""What a process has run Horovod with, some of which it cannot take back, and what it needs to start it."""
+"""Horovod started and ended over a backend, on every rank, and what a process cannot take back of that.
+
+>>> from nurion_utils import backends
+>>> backends.init("oneCCL ring", timeline="timeline.json")  # doctest: +SKIP
+
+A backend is chosen before Horovod starts, by the environment variables of `settings`. `init` sets them and starts
+Horovod; so that one process can go from one backend to the next, it ends a Horovod that is running first.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +14,27 @@ import fcntl
 import importlib
 import os
 import re
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nurion_utils.backends.choosing import (
     CYCLE,
     FUSION,
+    OPERATIONS,
+    SEARCH,
     SEARCH_LOG,
     TIMELINE,
     Backend,
     BackendError,
+    known,
+    settings,
 )
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -102,6 +114,83 @@ class Process:
         self.before, self.files = {}, {}
 
 
+_process = Process()
+
+
+def init(backend: str | Backend = "MPI", **how: Any) -> None:
+    """Start Horovod on this rank over a backend; every rank calls it, and a Horovod that runs is ended first.
+
+    Parameters
+    ----------
+    backend, **how
+        ``cycle_ms``, ``fusion_bytes``, ``timeline``, ``autotune_log``: as of `settings`, the same on all ranks. Files
+        are those of rank 0, relative to the folder that it runs in.
+
+    Raises
+    ------
+    BackendError
+        This build lacks the backend, or this process cannot change to it: Gloo goes with no other, it and oneCCL read
+        their settings once, and a search does not end with Horovod. `World.restart` gives fresh processes.
+    ValueError
+        An argument is not possible, or a file cannot be written. Either error is raised on all ranks if it is on one,
+        and then nothing was changed.
+
+    Notes
+    -----
+    `shutdown` restores the environment. After Gloo, Horovod must be started by this function again. To Gloo each rank
+    is a host of its own, so ``hvd.local_rank()`` is 0 on all of them, and no process set can be added while it runs.
+    """
+    from mpi4py import MPI  # before Horovod, which would otherwise end MPI with itself
+
+    comm = MPI.COMM_WORLD
+    chosen = _agreed(comm, lambda: _process.possible(known(backend), settings(backend, **how)))
+    files = _agreed(comm, lambda: _process.locked(chosen) if comm.rank == 0 else None, alike=False)  # rank 0 writes
+    shutdown()
+
+    import horovod.tensorflow as hvd
+
+    chosen |= {name: path for name, (path, _) in files.items()}
+    with contextlib.ExitStack() as stack:
+        if chosen[OPERATIONS] == "CCL" and not {**os.environ, **chosen}.get("CCL_WORKER_AFFINITY"):
+            chosen["CCL_WORKER_AFFINITY"] = worker_cores(comm, chosen)
+        if chosen[OPERATIONS] == "GLOO":
+            chosen = {**stack.enter_context(rendezvous(comm, chosen)), **chosen}
+        _process.begin(
+            known(backend), {TIMELINE: None, SEARCH: None, SEARCH_LOG: None, **chosen}, files if comm.rank == 0 else {}
+        )
+        hvd.init()
+
+
+def shutdown() -> None:
+    """End Horovod on this rank, every rank calls it; a timeline is written to its end first."""
+    import horovod.tensorflow as hvd
+
+    if hvd.is_initialized() and os.environ.get(TIMELINE):
+        hvd.stop_timeline()  # waits for the thread that writes it, which shutdown does not
+    hvd.shutdown()
+    _process.end()
+
+
+def _agreed(comm: MPI.Comm, check: Callable[[], T], alike: bool = True) -> T:
+    """What `check` returns on rank 0; where it raises on one rank all raise, so that none of them waits for others."""
+    found, error = None, None
+    try:
+        found = check()
+    except Exception as raised:
+        error = raised
+    everywhere = comm.allgather((found, error and f"{error}"))
+    if error:
+        raise error
+    for rank, (other, words) in enumerate(everywhere):
+        if words is not None:
+            raise BackendError(f"rank {rank} cannot start Horovod: {words}")
+        if alike and other != everywhere[0][0]:
+            raise ValueError(
+                f"rank {rank} starts Horovod with {other}, rank 0 with {everywhere[0][0]}; give all the same"
+            )
+    return everywhere[0][0]
+
+
 def _set_environment(variables: Mapping[str, str | None]) -> None:
     for name, value in variables.items():
         if value is None:
@@ -160,20 +249,15 @@ def gloo_address(environment: Mapping[str, str]) -> tuple[str, str]:
 @contextlib.contextmanager
 def rendezvous(comm: MPI.Comm, chosen: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """The server at which Gloo's ranks find each other, on rank 0, while they start; the settings that tell of it."""
-    from horovod.runner.common.util.hosts import SlotInfo
     from horovod.runner.gloo_run import create_run_env_vars, create_slot_env_vars
-    from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
+
+    from nurion_utils.ranks.launchers.elastic import Rendezvous
 
     interface, address = gloo_address({**os.environ, **chosen})
-    slots = [SlotInfo(f"rank{rank}", rank, 0, rank, comm.size, 1, comm.size) for rank in range(comm.size)]
     with contextlib.ExitStack() as stack:
-        at = None
         if comm.rank == 0:
-            server = stack.enter_context(RendezvousHTTPServer((address, 0), RendezvousHandler, 0))
-            server.init(slots)
-            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-            stack.callback(server.shutdown)
-            at = server.server_address
-        host, port = comm.bcast(at)
-        settings = create_run_env_vars(host, [interface], port) | create_slot_env_vars(slots[comm.rank])
-        yield {name: str(value) for name, value in settings.items()}
+            server = Rendezvous([f"rank{rank}" for rank in range(comm.size)], address)
+            stack.callback(server.close)
+        slots, host, port = comm.bcast((server.slots, server.address, server.port) if comm.rank == 0 else None)
+        variables = create_run_env_vars(host, [interface], port) | create_slot_env_vars(slots[f"rank{comm.rank}"])
+        yield {name: str(value) for name, value in variables.items()}

@@ -3,8 +3,8 @@ from .environment import identity as identity
 from .environment import own_environment as own_environment
 from .environment import rank_environment as rank_environment
 from .failures import RankError as RankError
-from .meters import meter as meter
-from .meters import progress as progress
+from .notebook import meter as meter
+from .notebook import progress as progress
 from .notebook import somebody_watches as somebody_watches
 from .world import World as World
 from .world import start as start

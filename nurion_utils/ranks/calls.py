@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import os
-import sys
 import traceback
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from nurion_utils.ranks import failures
 
@@ -38,55 +34,14 @@ def call(pickled: bytes) -> list[bytes] | failures.Failure:
     """
     import cloudpickle
 
-    with end_of_horovods_log() as log:
-        try:
-            function, args = cloudpickle.loads(pickled)
-            result = function(*args)
-        except BaseException as error:  # SystemExit too: a rank that leaves is a failure of the run
-            frames = [(f.filename, f.lineno or 0, f.name) for f in traceback.extract_tb(error.__traceback__)[1:]]
-            what = "".join(traceback.format_exception_only(error)).strip()
-            return failures.Failure(
-                what, frames, log.read().decode(errors="replace") if failures.HOROVOD_ENDED in what else ""
-            )
+    try:
+        function, args = cloudpickle.loads(pickled)
+        result = function(*args)
+    except BaseException as error:  # SystemExit too: a rank that leaves is a failure of the run
+        frames = [(f.filename, f.lineno or 0, f.name) for f in traceback.extract_tb(error.__traceback__)[1:]]
+        return failures.Failure("".join(traceback.format_exception_only(error)).strip(), frames)
     try:
         return [cloudpickle.dumps(result)]
     except BaseException as error:
         what = f"TypeError: the result cannot be sent back ({error}); return something that can be pickled"
         return failures.Failure(what, [])
-
-
-def end_of_horovods_log() -> BinaryIO:
-    """Where the log of rank 0 goes on: Horovod writes there, and only there, which ranks it has waited for."""
-    try:
-        own = os.readlink("/proc/self/fd/2")
-        log = open(Path(own).with_name("rank0.log"), "rb")
-    except OSError:
-        return io.BytesIO()
-    log.seek(0, os.SEEK_END)
-    return log
-
-
-def name_stalls(shell: Any) -> None:
-    """Have %%px cells say which rank Horovod has waited for in vain; for `call` the notebook's side says it."""
-    log, show = end_of_horovods_log(), shell.showtraceback
-    named: list[RuntimeError] = []
-
-    def begin() -> None:
-        named.clear()
-        log.seek(0, os.SEEK_END)
-
-    def showtraceback(exc_tuple: Any = None, *args: Any, **settings: Any) -> None:
-        kind, error, trace = exc_tuple or sys.exc_info()
-        if failures.HOROVOD_ENDED in str(error):
-            if story := failures.stall(log.read().decode(errors="replace")):
-                kind, error = RuntimeError, RuntimeError(story)
-                named.append(error)
-        show((kind, error, trace), *args, **settings)
-
-    def end(result: Any) -> None:
-        if named:
-            result.error_in_exec = named[0]  # what the notebook is answered
-
-    shell.events.register("pre_execute", begin)
-    shell.events.register("post_run_cell", end)
-    shell.showtraceback = showtraceback

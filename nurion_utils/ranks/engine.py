@@ -74,7 +74,6 @@ def main() -> None:
         *["--timeout=60", "--log-level=ERROR"],
         "--IPEngine.enable_nanny=False",  # the guardian watches; saves one Python process per rank
         "--IPEngine.max_heartbeat_misses=0",  # nor need a rank suspect that the controller is gone
-        "--IPEngine.startup_command=__import__('nurion_utils.ranks.calls').ranks.calls.name_stalls(get_ipython())",
     ]
     IPEngine.launch_instance()
 

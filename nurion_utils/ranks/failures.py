@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import linecache
 import re
@@ -35,7 +36,21 @@ class Failure:
 
     what: str  # "ValueError: no data"
     frames: list[tuple[str, int, str]]  # file, line, function; the notebook has the sources of its cells
-    horovods_log: str = ""  # what rank 0 wrote below Python during the call, if Horovod ended meanwhile
+
+
+class HorovodsLog:
+    """What rank 0 writes below Python from now on: Horovod says there, and only there, for which ranks it waited."""
+
+    def __init__(self, directory: Path) -> None:
+        self._file, self._begin = directory / "rank0.log", 0
+        with contextlib.suppress(OSError):  # it has ended
+            self._begin = self._file.stat().st_size
+
+    def read(self) -> str:
+        with contextlib.suppress(OSError), open(self._file, "rb") as log:
+            log.seek(self._begin)
+            return log.read().decode(errors="replace")
+        return ""
 
 
 class RankError(RuntimeError):
@@ -80,13 +95,13 @@ def rendered(error: BaseException, sentence: str) -> list[str]:
 
 
 def results(work: Any, n: int) -> list[Any]:
-    """The results of an ipyparallel AsyncResult by rank, or the one error that it comes down to, of `n` ranks."""
+    """The results of an AsyncResult that is watched, by rank, or the one error that it comes down to, of `n` ranks."""
     found = errors(work)
     for error in found.values():
         if isinstance(error, RankError):
             raise error from None  # it tells the whole story
     if found:
-        raise RankError(raised(found, n)) from None
+        raise RankError(raised(found, n, work.horovods_log)) from None
     return [future.result() for future in work._children]
 
 
@@ -106,8 +121,8 @@ def numbered(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else "ranks " + ", ".join(map(str, ranks))
 
 
-def raised(errors: dict[int, Any], n: int) -> str:
-    """One sentence on who raised what, or is to blame for it, then a traceback; `errors` is by rank."""
+def raised(errors: dict[int, Any], n: int, log: HorovodsLog | None) -> str:
+    """One sentence on who raised what, or is to blame for it, then a traceback; `errors` by rank, `log` of the call."""
     # Ranks that Horovod let down are seldom the ones that began it.
     errors = {rank: error for rank, error in errors.items() if HOROVOD_ENDED not in _what(error)} or errors
     rank, error = next(iter(errors.items()))
@@ -121,8 +136,8 @@ def raised(errors: dict[int, Any], n: int) -> str:
         trace = "".join(traceback.StackSummary.from_list(frames).format()) + what
     else:
         trace = getattr(error, "traceback", what)
-    logs = [getattr(error, "horovods_log", "") for error in errors.values()]
-    story = next(filter(None, map(stall, logs)), "") or f"rank {rank} of {n} raised {what}{others}"
+    story = stall(log.read()) if log and HOROVOD_ENDED in what else ""
+    story = story or f"rank {rank} of {n} raised {what}{others}"
     return f"{story}\n--- traceback of rank {rank} ---\n{trace}"
 
 

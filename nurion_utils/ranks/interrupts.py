@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -44,23 +45,23 @@ def no_interrupt_lost() -> Iterator[None]:
         signal.signal(signal.SIGINT, usual)
 
 
-@contextlib.contextmanager
-def interrupts_later() -> Iterator[None]:
-    """For callbacks, such as those of `weakref.finalize`: an interrupt comes once they are over.
+def close_for(owner: int, resources: contextlib.ExitStack) -> None:
+    """Close what nobody holds any more: a callback of `weakref.finalize`, whose errors Python only prints.
 
-    Python only prints what they raise. A world that nobody holds is closed in one, which takes as long as its
-    processes take to end; an interrupt meanwhile would be lost, and the program go on.
+    Closing a world takes as long as its processes take to end; an interrupt meanwhile would be lost, and the program go
+    on. So it comes afterwards.
     """
-    usual = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(usual):
-        yield
-        return
-    seen = threading.Event()
-    signal.signal(signal.SIGINT, lambda number, frame: seen.set())
+    if os.getpid() != owner:
+        return  # a forked child of the notebook must not end its parent's ranks
+    usual, seen = signal.getsignal(signal.SIGINT), threading.Event()
+    heard = threading.current_thread() is threading.main_thread() and callable(usual)
+    if heard:
+        signal.signal(signal.SIGINT, lambda number, frame: seen.set())
     try:
-        yield
+        resources.close()
     finally:
-        signal.signal(signal.SIGINT, usual)
+        if heard:
+            signal.signal(signal.SIGINT, usual)
         if seen.is_set():
             # When the callback has returned; and a signal, for that also ends a sleep.
             again = threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])

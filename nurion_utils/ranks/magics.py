@@ -15,6 +15,8 @@ from nurion_utils.ranks import failures
 class RankResult(AsyncResult):
     """What a ``%%px`` cell returns: its ``get()`` raises the error that also a cell that waits shows."""
 
+    horovods_log: failures.HorovodsLog | None = None  # until it is watched: ranks may be quicker than that
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._shown: list[dict] = []
         super().__init__(*args, **kwargs)

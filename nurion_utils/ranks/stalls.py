@@ -102,13 +102,13 @@ class Stall:
         self._directory = directory
         self._finished: list[int] = []
         self._since_s = self._asked_s = 0.0
-        self._log_bytes = 0
+        self._log = failures.HorovodsLog(directory)
 
     def story(self, finished: list[int], waiting: list[int]) -> str:
         """One sentence, if it has been so for `NOTICE_S`."""
         now_s = time.monotonic()
         if finished != self._finished:
-            self._finished, self._since_s, self._log_bytes = finished, now_s, self._log().stat().st_size
+            self._finished, self._since_s, self._log = finished, now_s, failures.HorovodsLog(self._directory)
         if not finished or now_s - self._since_s < ASK_AFTER_S or now_s - self._asked_s < ASK_EVERY_S:
             return ""
         answers = [self._answer(rank) for rank in waiting]
@@ -143,13 +143,8 @@ class Stall:
             return "", 0
         return found["call"], found["asked"]
 
-    def _log(self) -> Path:
-        return self._directory / "rank0.log"
-
     def _missed(self, finished: list[int]) -> bool:
         """Whether Horovod has logged since then that it misses just ranks that have returned, in a graph's call too."""
-        with open(self._log(), "rb") as log:
-            log.seek(self._log_bytes)
-            found = failures.MISSING.findall(log.read().decode(errors="replace"))
+        found = failures.MISSING.findall(self._log.read())
         ranks = {rank for group in failures.missing(found[-1]).values() for rank in group} if found else set()
         return bool(ranks) and ranks <= set(finished)

@@ -54,6 +54,7 @@ class Watcher:
 
     def watch(self, result: Any) -> Any:
         """Look after what `result`, an AsyncResult of ipyparallel, waits for."""
+        result.horovods_log = failures.HorovodsLog(self._processes.directory)
         self._calls[result] = _Call(Stall(self._processes.directory))
         return result
 
@@ -115,7 +116,7 @@ class Watcher:
             elif errors := failures.errors(result):
                 call.raised_s = call.raised_s or time.monotonic()
                 if time.monotonic() - call.raised_s > GRACE_S:
-                    self._break(failures.raised(errors, self._n), waiting)
+                    self._break(failures.raised(errors, self._n, result.horovods_log), waiting)
             elif len(waiting) < self._n:
                 self._look_for_a_stall(call, [r for r in range(self._n) if r not in waiting], waiting)
         return not self.broken

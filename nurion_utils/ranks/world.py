@@ -26,7 +26,7 @@ from nurion_utils.ranks.calls import call, pickle_call
 from nurion_utils.ranks.engine import cores_by_rank, is_complete
 from nurion_utils.ranks.environment import rank_environment
 from nurion_utils.ranks.failures import RankError
-from nurion_utils.ranks.interrupts import interrupts_later, no_interrupt_lost
+from nurion_utils.ranks.interrupts import close_for, no_interrupt_lost
 from nurion_utils.ranks.launchers.local import LocalRanks
 from nurion_utils.ranks.watching import Watcher
 
@@ -35,15 +35,13 @@ T = TypeVar("T")
 START_TIMEOUT_S = 120.0
 
 
-def start(n: int, site: str = "local", env: dict[str, str] | None = None, cores_per_rank: int | None = None) -> World:
+def start(n: int, env: dict[str, str] | None = None, cores_per_rank: int | None = None) -> World:
     """Start `n` MPI ranks on this machine and wait until they answer; ``%%px`` cells then run on them.
 
     Parameters
     ----------
     n
-        Number of ranks, at most the site's ``ranks.max_ranks``. More ranks than cores share the cores.
-    site
-        Name of a description in ``nurion_utils/sites``.
+        Number of ranks, at most ``ranks.max_ranks`` of site "local". More ranks than cores share the cores.
     env
         Environment variables for the ranks, on top of the defaults of `rank_environment`. Horovod waits for ever for
         a rank that leaves out a collective and does not return; with ``{"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "60"}``
@@ -55,17 +53,15 @@ def start(n: int, site: str = "local", env: dict[str, str] | None = None, cores_
     Raises
     ------
     ValueError
-        The number of ranks or cores, the site or an environment variable is not possible; nothing was started.
+        The number of ranks or cores or an environment variable is not possible; nothing was started.
     RankError
         The ranks did not start.
     """
     with no_interrupt_lost():
-        machine = sites.load(site)
+        machine = sites.load("local")
         whole_number(n, "the number of ranks")
-        if site != "local":
-            raise ValueError(f"ranks start on this machine only, so use site='local', not {site!r}")
         if n > machine.ranks.max_ranks:
-            raise ValueError(f"{n} ranks are more than the {machine.ranks.max_ranks} that site {site!r} allows")
+            raise ValueError(f"{n} ranks are more than the {machine.ranks.max_ranks} that site 'local' allows")
         for name, value in (env or {}).items():
             if not (isinstance(name, str) and isinstance(value, str)):
                 raise ValueError(f"environment variables are strings, not {name!r}: {value!r}")
@@ -79,7 +75,7 @@ def start(n: int, site: str = "local", env: dict[str, str] | None = None, cores_
         return World(shares, {**rank_environment(threads), **(env or {})})
 
 
-class World:
+class World(contextlib.AbstractContextManager):
     """Started ranks. Use it as a context manager, or call `stop`.
 
     Attributes
@@ -131,12 +127,13 @@ class World:
         """End the ranks and remove everything they left. Calling it again does no harm."""
         self._stopped = True
         watcher = self._watcher
-        if watcher is not None:
-            watcher.stopping.set()
-        with watcher.ending if watcher is not None else contextlib.nullcontext():
+        if watcher is None:
             self._resources.close()
-        if watcher is not None:
-            watcher.join()
+            return
+        watcher.stopping.set()
+        with watcher.ending:
+            self._resources.close()
+        watcher.join()
 
     def restart(self) -> Self:
         """Start the same number of ranks afresh; all variables on the ranks are gone."""
@@ -150,9 +147,6 @@ class World:
         self._require_running()
         return self._client
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
@@ -165,7 +159,7 @@ class World:
         self._client: Any = None
         self._watcher: Watcher | None = None
         self._resources = contextlib.ExitStack()  # what must be closed, also when nobody calls stop()
-        weakref.finalize(self, _close, self._resources, os.getpid())
+        weakref.finalize(self, close_for, os.getpid(), self._resources)
         try:
             self._processes = LocalRanks(self._shares, self._env, self._resources)
             self._connect()
@@ -205,9 +199,3 @@ class World:
             raise RankError(f"{self._watcher.broken}; call world.restart()")
         if self._stopped:
             raise RankError("this world has been stopped; call world.restart() or ranks.start() for a new one")
-
-
-def _close(resources: contextlib.ExitStack, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child of the notebook must not end its parent's ranks
-        with interrupts_later():
-            resources.close()

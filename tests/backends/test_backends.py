@@ -8,10 +8,13 @@ import types
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from nurion_utils import backends, ranks, recordings, timing
 from nurion_utils.backends import Backend, BackendError, measuring, process
+from nurion_utils.ranks import watching
+from nurion_utils.ranks.launchers import lab
 from nurion_utils.training import models
 
 DTYPES = ["float32", "float64", "int32", "int64"]
@@ -19,9 +22,23 @@ LENGTHS = [1, 2, 3, 7, 1000, 65_537]  # odd ones too: three ranks cannot cut the
 
 
 @pytest.fixture(scope="module")
-def world3():
+def three():
     with ranks.start(3) as world:
         yield world
+
+
+@pytest.fixture
+def world3(three):
+    """Three ranks; a test that fails leaves no Horovod that takes the cores from the next, and no broken world."""
+    yield three if "running" in repr(three) else three.restart()
+    if "running" in repr(three):
+        three.run(backends.shutdown)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """Where all ranks refuse, minutes of a busy machine may lie between the first and the last that says so."""
+    monkeypatch.setattr(watching, "GRACE_S", 120.0)
 
 
 def reduced(backend: str, dtype: str, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -55,7 +72,7 @@ def started_and_ended(backend: str, **settings) -> set[str]:
 
 def assert_sums(world: ranks.World, backend: str) -> None:
     for seed, dtype in enumerate(DTYPES):
-        by_rank = world.run(reduced, backend, dtype, seed, timeout_s=120)
+        by_rank = world.run(reduced, backend, dtype, seed, timeout_s=240)
         for results in zip(*by_rank, strict=True):
             for got, total in results:
                 assert got.dtype == total.dtype and got.shape == total.shape
@@ -230,6 +247,7 @@ def test_only_rank_0_must_have_the_folder_of_a_timeline(world3, tmp_path):
 
 
 def test_two_worlds_do_not_write_one_timeline(world3, world2, tmp_path):
+    world2.run(is_initialized, timeout_s=240)  # imports TensorFlow now, not beside a Horovod that writes all the time
     start = partial(backends.init, timeline=tmp_path / "t.json")
     world3.run(start, "MPI", timeout_s=240)
     with pytest.raises(ranks.RankError, match="t.json cannot be written: another Horovod is writing it"):
@@ -355,9 +373,7 @@ def test_the_environment_is_looked_at_before_horovod_starts(monkeypatch, environ
         ({"cycles_ms": 1.0}, "cycles_ms must be a list"),
         ({"backends": ["MPI", "MPI"]}, "a backend is given twice"),
         ({"cycles_ms": [1.0, 1e9]}, "cycle_ms must be a number"),
-        ({"env": backends.KEEP_MEMORY, "rate_mbit": 100}, "leave out env or rate_mbit"),
         ({"env": "abc"}, "env must be a dictionary"),
-        ({"rate_mbit": 0}, "rate_mbit must be a number above 0"),
         ({"sizes_bytes": [4, 4]}, "given twice"),
         ({"backends": [Backend("MPI")]}, "backends of your own need names"),
     ],
@@ -369,10 +385,25 @@ def test_what_cannot_be_compared_is_refused_before_anything_starts(arguments, wo
 
 @pytest.mark.ranks
 def test_across_a_slow_network_every_backend_takes_the_time_that_the_wire_needs(permitted):
-    table = backends.measure_backends([2_000_000], 2, ["MPI", "Gloo", "oneCCL ring"], repeats=2, rate_mbit=200)
-    assert (table["absent"] == "").all() and len(table) == 6
+    chosen = {name: backends.BACKENDS[name] for name in ("MPI", "Gloo", "oneCCL ring")}
+    with backends.BackendWorlds(chosen, partial(lab.start, 2, rate_mbit=200)) as worlds:
+        observed = worlds.observe(2, backends.timed, [2_000_000], [1.0])
+    assert not worlds.absent and len(observed) == 6
     wire_s = 8 * 2_000_000 / 200e6
-    assert table["time_s"].between(0.9 * wire_s, 3 * wire_s).all()
+    assert all(0.9 * wire_s <= times[1.0, 2_000_000] <= 3 * wire_s for _, _, times, _ in observed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"rate_mbit": 0}, "rate_mbit must be a number above 0"),
+        ({"image": 31}, "image must be a whole number from 32"),
+        ({"backends": ["NCCL"]}, "there is no backend 'NCCL'"),
+    ],
+)
+def test_epochs_that_cannot_be_are_refused_before_anything_starts(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        backends.measure_epochs(**arguments)
 
 
 @pytest.mark.ranks
@@ -404,44 +435,57 @@ def test_the_recordings_are_complete_and_as_the_notebook_reads_them():
 
 
 def test_settings_are_swept_in_turn_on_real_ranks(world2):
-    settings = [{"fusion_bytes": 0}, {}, {"cycle_ms": 50.0}, {"compression": "fp16"}, {"timeline": True}]
+    settings = [{"fusion_bytes": 0}, {}, {"cycle_ms": 500.0}, {"compression": "fp16"}, {"timeline": True}]
     table = backends.measure_fusion(world2, settings, models.mlp, repeats=2)
     assert len(table) == 10 and (table["compute_s"] > 0).all()
     by_setting = table.groupby("setting")["step_s"].median()
-    assert by_setting[2] > 3 * by_setting[1]  # who looks every 50 ms makes gradients wait
+    assert by_setting[2] > 3 * by_setting[1]  # who looks every 500 ms makes gradients wait, on a busy machine too
     assert (table["gradient_bytes"] == 4 * (64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10)).all()
     assert table.groupby("setting")["repeat"].apply(list).map(sorted).eq([[0, 1]] * 5).all()
     assert table.groupby("setting")[["fusion_bytes", "cycle_ms"]].first().iloc[1].tolist() == [128 << 20, 1.0]
 
 
 @pytest.mark.parametrize(
-    ("settings", "backend", "words"),
+    ("settings", "words"),
     [
-        ([{"buffer": 1}], "MPI", "a setting is a dictionary with some of fusion_bytes"),
-        ([{"compression": "int8"}], "MPI", "compression must be one of 'none', 'fp16', not 'int8'"),
-        ([{"timeline": "t.json"}], "MPI", "timeline must be one of False, True, not 't.json'"),
-        ([{"cycle_ms": None}], "MPI", "leave out what shall have its default"),
-        ([{"compression": "fp16"}], "oneCCL", "cannot reduce float16 over oneCCL"),
-        ([{}, {"cycle_ms": 0}], "MPI", "cycle_ms must be a number above 0"),
-        ([{"fusion_bytes": -1}], "MPI", "fusion_bytes must be a whole number from 0"),
-        ([{}], "NCCL", "there is no backend 'NCCL'"),
-        ([], "MPI", "settings must be a list such as"),
-        (None, "MPI", "settings must be a list such as"),
-        ([{}], Backend("MPI"), "backends of your own need names"),
+        ([{"buffer": 1}], "a setting is a dictionary with some of fusion_bytes"),
+        ([{"compression": "int8"}], "compression must be one of 'none', 'fp16', not 'int8'"),
+        ([{"timeline": "t.json"}], "timeline must be one of False, True, not 't.json'"),
+        ([{"cycle_ms": None}], "leave out what shall have its default"),
+        ([{}, {"cycle_ms": 0}], "cycle_ms must be a number above 0"),
+        ([{"fusion_bytes": -1}], "fusion_bytes must be a whole number from 0"),
+        ([], "settings must be a list such as"),
+        (None, "settings must be a list such as"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_before_anything_runs(settings, backend, words):
+def test_settings_that_cannot_be_are_refused_before_anything_runs(settings, words):
     with pytest.raises(ValueError, match=words):
-        backends.measure_fusion(None, settings, backend=backend)
+        backends.measure_fusion(None, settings)
+
+
+def train_while_searching(log: str, steps: int) -> None:
+    """On every rank."""
+    backends.init("MPI", cycle_ms=None, fusion_bytes=None, autotune_log=log)
+    step = backends.steps_of(models.mlp)("none")
+    for _ in range(steps):
+        step()
+    backends.shutdown()
+
+
+SHORT_SEARCH = {
+    "HOROVOD_AUTOTUNE_WARMUP_SAMPLES": "1",
+    "HOROVOD_AUTOTUNE_STEPS_PER_SAMPLE": "2",
+    "HOROVOD_AUTOTUNE_BAYES_OPT_MAX_SAMPLES": "15",
+}
 
 
 @pytest.mark.ranks
-def test_horovods_own_search_runs_and_its_log_is_read():
-    with ranks.start(2, env=backends.SHORT_SEARCH) as world:
-        log = backends.autotune(world, models.mlp, steps=100)
+def test_horovods_own_search_runs_and_writes_its_points_down(tmp_path):
+    with ranks.start(2, env=SHORT_SEARCH) as world:
+        world.run(train_while_searching, str(tmp_path / "log.csv"), 100, timeout_s=600)
         with pytest.raises(ranks.RankError, match="Horovod goes on searching in this process"):
-            backends.autotune(world, models.mlp, steps=1)
-    assert list(log) == ["point", "fusion_mb", "cycle_ms", "score"]
+            world.run(train_while_searching, str(tmp_path / "log.csv"), 1)
+    log = pd.read_csv(tmp_path / "log.csv")
     assert len(log) >= 5 and (log["score"] > 0).all()
-    assert log["cycle_ms"].between(1, 100).all() and log["fusion_mb"].between(0, 64).all()
-    assert log["fusion_mb"].nunique() > 2
+    assert log["cycle_time_ms"].between(1, 100).all() and log["tensor_fusion_threshold"].between(0, 64).all()
+    assert log["tensor_fusion_threshold"].nunique() > 2

@@ -292,12 +292,9 @@ def test_exposed_is_what_the_computation_of_rank_0_does_not_hide(table, compute)
         "compute_s": 1.1e-3,
         "communication_s": 0.4e-3,
         "exposed_s": 0.2e-3,
-        "negotiation_s": 0.1e-3,
-        "exposed_negotiation_s": 0,
         "tensors": 2,
         "buffers": 1,
         "tensors_per_buffer": 2,
-        "bytes": 520,
     }
     assert second == {
         "step": 1,
@@ -305,12 +302,9 @@ def test_exposed_is_what_the_computation_of_rank_0_does_not_hide(table, compute)
         "compute_s": 1e-3,
         "communication_s": 0.4e-3,
         "exposed_s": 0.4e-3,
-        "negotiation_s": 0.1e-3,
-        "exposed_negotiation_s": 0.1e-3,
         "tensors": 1,
         "buffers": 1,
         "tensors_per_buffer": 1,
-        "bytes": 2,
     }
 
 
@@ -325,25 +319,19 @@ def test_seconds_since_1970_come_to_the_clock_of_the_timeline(table, compute):
 def test_a_step_without_communication_has_nothing_to_bear(table, compute):
     compute["start_s"] += 1
     result = timeline.steps(table, compute)
-    columns = ["communication_s", "exposed_s", "negotiation_s", "tensors", "buffers", "bytes"]
+    columns = ["communication_s", "exposed_s", "tensors", "buffers"]
     assert (result[columns] == 0).all(axis=None) and result["tensors_per_buffer"].isna().all()
     assert result["step_s"].tolist() == pytest.approx([2e-3, 1e-3])
-
-
-def test_the_bytes_of_a_step_are_unknown_if_those_of_a_tensor_are(table, compute):
-    table.loc[table["tensor"] == "b", "bytes"] = np.nan
-    assert timeline.steps(table, compute)["bytes"].tolist() == pytest.approx([np.nan, 2], nan_ok=True)
 
 
 intervals = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 12)), max_size=8)
 
 
-@given(intervals, intervals, intervals.filter(len))
+@given(intervals, intervals.filter(len))
 @no_deadline
-def test_steps_agree_with_counting_the_microseconds(operations, negotiations, computations):
-    rows = [("allreduce", *span) for span in operations] + [("negotiate", *span) for span in negotiations]
-    table = pd.DataFrame(rows, columns=["phase", "start_s", "duration_s"])
-    table = table.assign(buffer=range(len(rows)), bytes=8.0)
+def test_steps_agree_with_counting_the_microseconds(operations, computations):
+    rows = [("allreduce", *span) for span in operations]
+    table = pd.DataFrame(rows, columns=["phase", "start_s", "duration_s"]).assign(buffer=range(len(rows)))
     computations = sorted(computations)
     starts = np.unique([begin for begin, _ in computations])
     compute = pd.DataFrame(computations, columns=["start_s", "duration_s"])
@@ -357,18 +345,17 @@ def test_steps_agree_with_counting_the_microseconds(operations, negotiations, co
             covered[begin : begin + length] = True
         return covered
 
-    computing, operating, negotiating = map(grid, (computations, operations, negotiations))
-    ends = [begin + n for begin, n in computations + operations + negotiations if begin >= starts[-1]]
+    computing, operating = map(grid, (computations, operations))
+    ends = [begin + n for begin, n in computations + operations if begin >= starts[-1]]
     bounds = np.append(starts, max(ends))
     result = timeline.steps(table, compute)
     for row, begin, end in zip(result.itertuples(), bounds[:-1], bounds[1:], strict=True):
-        c, o, n = (each[begin:end] for each in (computing, operating, negotiating))
-        counted = [end - begin, c.sum(), o.sum(), (o & ~c).sum(), n.sum(), (n & ~o & ~c).sum()]
-        assert np.multiply(row[2:8], 1e6) == pytest.approx(counted, abs=1e-6)
+        c, o = computing[begin:end], operating[begin:end]
+        counted = [end - begin, c.sum(), o.sum(), (o & ~c).sum()]
+        assert np.multiply(row[2:6], 1e6) == pytest.approx(counted, abs=1e-6)
         assert row.exposed_s * 1e6 + (o & c).sum() == pytest.approx(row.communication_s * 1e6, abs=1e-6)
         last = row.Index == len(starts) - 1
         assert row.tensors == row.buffers == sum(begin <= at and (at < end or last) for at, _ in operations)
-        assert row.bytes == 8 * row.tensors
     assert (result["exposed_s"] >= 0).all() and (result["exposed_s"] <= result["communication_s"]).all()
 
 

@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = sorted(init.parent for init in PACKAGE.rglob("*/__init__.py"))
 # What is still over its budget, and by how much: these numbers may only fall.
 OVER_LINES = {"staging": 1680, "staging/copying.py": 316}
-OVER_FUNCTIONS = {"health.py": 41, "staging/__main__.py": 49, "staging/plans.py": 42}
+OVER_FUNCTIONS = {"staging/__main__.py": 49, "staging/plans.py": 42}
 PACKAGE_LINES = 13_941  # on the way to 11,500
 READERS = [*(ROOT / "notebooks" / "src").glob("*.py"), *(ROOT / "tools").rglob("*.py"), ROOT / "README.md"]
 

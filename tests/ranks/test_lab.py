@@ -97,6 +97,7 @@ def test_a_failure_that_ranks_would_wait_for_is_named_soon_and_ends_the_lab(perm
         assert time.monotonic() - begin_s < PATIENCE_S
         assert str(caught.value).startswith(words) and others in str(caught.value)
         assert "open a new lab with lab.start(2, 200)" in str(caught.value)
+        assert (1 in caught.value.died) == (failure == "a death")
         with pytest.raises(LabError, match=f"this lab has ended because {words}.*; open a new one"):
             network.run(here)
 
@@ -263,6 +264,14 @@ def test_a_script_ended_at_work_leaves_nothing(machine: Machine, number: signal.
     assert machine.of_the_lab()
     script.send_signal(number)
     assert script.wait(timeout=PATIENCE_S) == -number
+
+
+def test_an_interrupt_while_a_lab_that_nobody_holds_is_closed_is_raised(machine: Machine) -> None:
+    strike = "network._resources.callback(os.kill, os.getpid(), signal.SIGINT)\ndel network\n"
+    script = run_script(machine, strike + "time.sleep(600)")
+    errors = script.communicate(timeout=30)[1]
+    assert script.returncode == -signal.SIGINT
+    assert errors.rstrip().endswith("KeyboardInterrupt") and "Exception ignored" not in errors
 
 
 def test_after_its_first_process_was_killed_the_lab_says_so_and_leaves_nothing(machine: Machine) -> None:

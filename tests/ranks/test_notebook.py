@@ -190,7 +190,7 @@ def test_staging_on_ranks_shows_one_bar_of_all_bytes(notebook: Notebook, tmp_pat
     for copy, total in ((f"{tmp_path}/copy", 400_000_000), (f"{tmp_path}/copy{{rank}}", 800_000_000)):
         outputs = notebook.run(
             "from nurion_utils import staging\n"
-            f"staging.stage({str(tmp_path / 'source')!r}, {copy!r}, world, everyone={'{' in copy});"
+            f"staging.stage({str(tmp_path / 'source')!r}, {copy!r}, world, replicate={'{' in copy});"
         )
         (bar,) = [state for state in outputs.widgets.values() if "ProgressModel" in state.get("_model_name", "")]
         assert (bar["value"], bar["max"], bar["bar_style"], outputs.error) == (total, total, "success", "")

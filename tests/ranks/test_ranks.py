@@ -149,9 +149,6 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
     [
         *[({"n": n}, "whole number from 1 up") for n in (0, -1, True, 2.5, "4", None)],
         ({"n": 10**6}, "more than the"),
-        ({"n": 2, "site": "narnia"}, "the sites that exist are: cori, elcapitan, local, nurion"),
-        ({"n": 2, "site": "nurion"}, "use site='local'"),
-        ({"n": 2, "site": None}, "sites that exist"),
         ({"n": 2, "env": {"OMP_NUM_THREADS": 1}}, "strings"),
         *[({"n": 1, "cores_per_rank": cores}, "cores each here") for cores in (0, 10**6, "1")],
     ],

@@ -131,6 +131,10 @@ def test_a_launch_that_takes_too_long_is_stopped():
         elastic_launch(time.sleep, 100, ranks=2, timeout_s=0.5)
 
 
+def test_a_launch_may_take_its_time():
+    assert elastic_launch(int, ranks=1, min_ranks=1, timeout_s=None) == [0]
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [

@@ -14,8 +14,8 @@ from nurion_utils.backends.timeline.spans import OPERATIONS
 def steps(table: pd.DataFrame, compute: pd.DataFrame) -> pd.DataFrame:
     """What the communication of each training step came to, and how much of it the step had to wait for.
 
-    A step lasts from its first computation to that of the next step; the last one to the end of its last span, so
-    leave out of the table what came after the training.
+    A step lasts from its first computation to that of the next step; the last one to the end of its last computation or
+    operation, so leave out of the table what came after the training.
 
     Parameters
     ----------
@@ -34,22 +34,18 @@ def steps(table: pd.DataFrame, compute: pd.DataFrame) -> pd.DataFrame:
         - ``compute_s``: rank 0 computed
         - ``communication_s``: an operation was under way
         - ``exposed_s``: the part of that in which rank 0 did not compute
-        - ``negotiation_s``: some ranks had announced a tensor and others had not
-        - ``exposed_negotiation_s``: the part of that without computation or operation
-        - ``tensors``, ``buffers``, ``tensors_per_buffer``, ``bytes``: of the buffers that began in the step;
-          ``bytes`` is NaN where the file does not tell those of each tensor
+        - ``tensors``, ``buffers``, ``tensors_per_buffer``: of the buffers that began in the step
 
     Raises
     ------
     ValueError
         If columns are missing, times of compute cannot be, or its steps do not come one after the other.
     """
-    require_columns(table, ["phase", "start_s", "duration_s", "bytes", "buffer"])
+    require_columns(table, ["phase", "start_s", "duration_s", "buffer"])
     starts, computing = _compute_of_rank_0(compute)
     whole = table[table["phase"].isin(OPERATIONS)].sort_values("start_s", kind="stable")
-    operating, negotiating = intervals(whole), intervals(table[table["phase"] == "negotiate"])
-    start = starts.to_numpy()
-    last = max(end[begin >= start[-1]].max(initial=start[-1]) for begin, end in (computing, operating, negotiating))
+    operating, start = intervals(whole), starts.to_numpy()
+    last = max(end[begin >= start[-1]].max(initial=start[-1]) for begin, end in (computing, operating))
     bounds = np.append(start, last)
 
     def within_s(*kinds: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -60,28 +56,22 @@ def steps(table: pd.DataFrame, compute: pd.DataFrame) -> pd.DataFrame:
         covered_s = np.append(0, np.cumsum(end - begin))[n_begun] - yet_to_come
         return np.maximum(np.diff(covered_s), 0)  # rounding may go below
 
-    compute_s, communication_s, negotiation_s = within_s(computing), within_s(operating), within_s(negotiating)
-    busy_s = within_s(computing, operating)
-    waiting_s = within_s(computing, operating, negotiating) - busy_s
-
+    compute_s, communication_s = within_s(computing), within_s(operating)
     _, first, number = np.unique(whole["buffer"], return_index=True, return_inverse=True)
     step_of_buffer = np.searchsorted(start, operating[0][first], side="right") - 1
-    step, within = step_of_buffer[number], step_of_buffer[number] >= 0
-    tensors = np.bincount(step[within], minlength=len(start))
-    buffers = np.bincount(step_of_buffer[step_of_buffer >= 0], minlength=len(start))
+    tensors, buffers = (
+        np.bincount(each[each >= 0], minlength=len(start)) for each in (step_of_buffer[number], step_of_buffer)
+    )
     return pd.DataFrame(
         {
             "step": starts.index,
             "step_s": np.diff(bounds),
             "compute_s": compute_s,
             "communication_s": communication_s,
-            "exposed_s": np.clip(busy_s - compute_s, 0, communication_s),
-            "negotiation_s": negotiation_s,
-            "exposed_negotiation_s": np.clip(waiting_s, 0, negotiation_s),
+            "exposed_s": np.clip(within_s(computing, operating) - compute_s, 0, communication_s),
             "tensors": tensors,
             "buffers": buffers,
             "tensors_per_buffer": tensors / np.where(buffers > 0, buffers, np.nan),
-            "bytes": np.bincount(step[within], whole["bytes"].to_numpy()[within], len(start)),
         }
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -39,7 +40,7 @@ START = (
 
 
 def elastic_launch(
-    function: Callable, *args: Any, ranks: int = 4, min_ranks: int = 2, timeout_s: float = 600.0
+    function: Callable, *args: Any, ranks: int = 4, min_ranks: int = 2, timeout_s: float | None = 600.0
 ) -> list[Any]:
     """Run ``function(*args)`` on new ranks of this machine, and go on without those that die.
 
@@ -48,17 +49,13 @@ def elastic_launch(
 
     Parameters
     ----------
-    function : callable
+    function, args
         Runs on every rank, with Horovod initialised; it makes an `ElasticState` and calls a function made with
         `elastic_run`. Sent with cloudpickle.
-    *args
-        Its arguments.
-    ranks : int
-        Ranks to start with.
-    min_ranks : int
-        Fewest ranks to go on with.
-    timeout_s : float
-        Longest time in all, in seconds.
+    ranks, min_ranks
+        Ranks to start with, and fewest ranks to go on with.
+    timeout_s
+        Longest time in all, in seconds; None waits without limit.
 
     Returns
     -------
@@ -68,10 +65,10 @@ def elastic_launch(
     Raises
     ------
     TypeError, ValueError
-        If the function cannot be sent, or the numbers make no sense; nothing was started.
-    nurion_utils.ranks.RankError
-        If a rank raised (with the tracebacks of all that did), if fewer than `min_ranks` are left, or if time is
-        up. No rank is left running then, nor if this process itself is killed.
+        The function cannot be sent, or the numbers make no sense; nothing was started.
+    RankError
+        A rank raised (with the tracebacks of all that did), fewer than `min_ranks` are left, or time is up. No rank is
+        left running then, nor if this process itself is killed.
 
     Notes
     -----
@@ -85,19 +82,19 @@ def elastic_launch(
     if not 1 <= min_ranks <= ranks:
         raise ValueError(f"min_ranks must be from 1 to ranks={ranks}, not {min_ranks}")
     payload = pickle_call(function, args, timeout_s)
-    rendezvous = _Rendezvous([f"rank{i}" for i in range(ranks)])
+    rendezvous = Rendezvous([f"rank{i}" for i in range(ranks)])
     workers: dict[str, _Worker] = {}
     try:
         for host, slot in rendezvous.slots.items():
             workers[host] = _Worker(payload, rendezvous.port, slot)
-        return _follow(workers, rendezvous, min_ranks, timeout_s)
+        return _follow(workers, rendezvous, min_ranks, timeout_s or math.inf)
     finally:
         for worker in workers.values():
             worker.close()
         rendezvous.close()
 
 
-def _follow(workers: dict[str, _Worker], rendezvous: _Rendezvous, min_ranks: int, timeout_s: float) -> list[Any]:
+def _follow(workers: dict[str, _Worker], rendezvous: Rendezvous, min_ranks: int, timeout_s: float) -> list[Any]:
     deadline = time.monotonic() + timeout_s
     results: dict[str, Any] = {}
     errors: dict[str, list[str]] = {}
@@ -209,13 +206,13 @@ def _take_place() -> None:
     os.environ.update({f"HOROVOD_{name}": number for name, number in zip(names, numbers, strict=True)})
 
 
-class _Rendezvous:
+class Rendezvous:
     """Tells ranks who they are, at the start and again whenever all that live ask anew.
 
     To Horovod every rank is a host of its own, so that losing one costs no other.
     """
 
-    def __init__(self, hosts: list[str]) -> None:
+    def __init__(self, hosts: list[str], address: str = "127.0.0.1") -> None:
         self.living = list(hosts)
         self.slots: dict[str, SlotInfo] = {}
         self._asking: set[str] = set()
@@ -239,8 +236,8 @@ class _Rendezvous:
             def handle_error(self, request: Any, client_address: Any) -> None:
                 pass  # a rank that died while it asked
 
-        self._server = Server(("127.0.0.1", 0), Handler, 0)
-        self.port = self._server.server_address[1]
+        self._server = Server((address, 0), Handler, 0)
+        self.address, self.port = self._server.server_address
         with self._changed:
             self._deal()
         self._thread = threading.Thread(target=self._server.serve_forever, args=(TICK_S,), daemon=True)

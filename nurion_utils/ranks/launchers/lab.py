@@ -17,13 +17,14 @@ import os
 import signal
 import time
 import weakref
-from collections.abc import Callable
-from typing import Any, Self, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from nurion_utils._checks import number, whole_number
 from nurion_utils.ranks import failures
 from nurion_utils.ranks.calls import pickle_call
 from nurion_utils.ranks.failures import Failure, RankError
+from nurion_utils.ranks.interrupts import close_for
 from nurion_utils.ranks.launchers import lab_host
 
 T = TypeVar("T")
@@ -60,7 +61,7 @@ def start(n: int, rate_mbit: float = 100.0) -> Lab:
     return Lab(n, number(rate_mbit, "rate_mbit", least=1, most=10_000))
 
 
-class Lab:
+class Lab(contextlib.AbstractContextManager):
     """An open lab; `start` makes one.
 
     Attributes
@@ -75,7 +76,7 @@ class Lab:
         self.n, self.rate_mbit = n, rate_mbit
         self._ended = ""  # why this lab is of no more use
         self._resources = contextlib.ExitStack()  # what must be closed, also when nobody calls close()
-        weakref.finalize(self, _close, self._resources, os.getpid())
+        weakref.finalize(self, close_for, os.getpid(), self._resources)
         try:
             self._connections, self._pids, self._directory = lab_host.start(n, rate_mbit, self._resources)
         except BaseException as error:
@@ -85,23 +86,17 @@ class Lab:
             raise
 
     def run(self, function: Callable[..., T], *args: Any, timeout_s: float | None = None) -> list[T]:
-        """Run ``function(*args)`` on every rank and return the results in rank order.
+        """Run ``function(*args)`` on every rank and return the results in rank order, as `World.run` does.
 
         On the ranks ``mpi4py.MPI.COMM_WORLD`` is the lab. What they print is not shown: return it.
-
-        Parameters
-        ----------
-        function, args
-            Pickled by value, so functions written in a notebook cell will do.
-        timeout_s
-            After this time the lab is closed, and `LabError` says where each rank was.
 
         Raises
         ------
         TypeError, ValueError
             The function, an argument or the time cannot be used; nothing ran.
         LabError
-            A rank raised, died, or was too late. Where all ranks came back from the call, the lab can be used further.
+            A rank raised, died, or was late: not ready after `timeout_s`. The lab can be used further where all ranks
+            came back from the call; else it is closed, and the error says where each rank was.
         """
         import cloudpickle
 
@@ -122,9 +117,6 @@ class Lab:
         self._ended = self._ended or CLOSED
         self._resources.close()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
 
@@ -135,7 +127,7 @@ class Lab:
         """Have all ranks run something and collect their answers, or say in one error what went wrong."""
         deadline = time.monotonic() + (timeout_s or float("inf"))
         answers: dict[int, list[bytes] | Failure] = {}
-        raised_at = None
+        raised_at, log = None, failures.HorovodsLog(self._directory)
         for connection in self._connections:
             with contextlib.suppress(OSError):  # it has died, as we shall hear
                 connection.send_bytes(pickled)
@@ -151,16 +143,16 @@ class Lab:
             failed = {rank: answer for rank, answer in sorted(answers.items()) if isinstance(answer, Failure)}
             waiting = [rank for rank in waiting if rank not in answers and rank not in dead]
             if dead:
-                first = (self._deaths() or dead)[0]
-                self._break(failures.ended([f"rank{first}"], self._directory), waiting)
+                dead = self._deaths() or dead
+                self._break(failures.ended([f"rank{dead[0]}"], self._directory), waiting, dead)
             if failed and waiting:
                 raised_at = raised_at or time.monotonic()
                 if time.monotonic() - raised_at > GRACE_S:
-                    self._break(failures.raised(failed, self.n), waiting)
+                    self._break(failures.raised(failed, self.n, log), waiting)
             if waiting and time.monotonic() > deadline:
                 self._break(f"{failures.numbered(waiting)} did not finish within {timeout_s:g} s", waiting)
         if failed:
-            raise LabError(failures.raised(failed, self.n))
+            raise LabError(failures.raised(failed, self.n, log))
         return [answers[rank] for rank in range(self.n)]
 
     def _deaths(self) -> list[int]:
@@ -169,7 +161,7 @@ class Lab:
         ends = sorted(self._directory.glob("rank*.status"), key=lambda file: file.stat().st_mtime_ns)
         return [int(file.stem.removeprefix("rank")) for file in ends]
 
-    def _break(self, reason: str, waiting: list[int]) -> None:
+    def _break(self, reason: str, waiting: list[int], dead: Sequence[int] = ()) -> None:
         """Close the lab and say why, and where the ranks were that were still at work."""
         for rank in waiting:
             with contextlib.suppress(OSError):
@@ -179,9 +171,4 @@ class Lab:
         self._ended = f"this lab has ended because {reason.splitlines()[0]}"
         self.close()
         again = f"lab.start({self.n}, {self.rate_mbit:g})"
-        raise LabError(f"{reason}{stacks}\nAll ranks have been ended; open a new lab with {again}.")
-
-
-def _close(resources: contextlib.ExitStack, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child of the notebook must not end its parent's lab
-        resources.close()
+        raise LabError(f"{reason}{stacks}\nAll ranks have been ended; open a new lab with {again}.", died=dead)
