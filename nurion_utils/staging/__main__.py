@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from dataclasses import asdict
+from typing import Any
 
 from nurion_utils.ranks import identity
 from nurion_utils.staging import stager
@@ -24,44 +23,40 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="read everything again, and mend what is damaged")
     parser.add_argument("--purge", action="store_true", help="remove what was staged to DESTINATION, and nothing else")
     parser.add_argument("--replicate", action="store_true", help="each rank needs all files at a place of its own")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    options = parser.parse_args(arguments)
-    comm = None
+    options, comm = parser.parse_args(arguments), None
     if identity().size > 1:
         from mpi4py import MPI
 
         comm = MPI.COMM_WORLD
     first = comm is None or comm.rank == 0
     try:
-        if options.purge == (options.source is not None):
-            raise StageError("give a source and a destination, or --purge and the destination alone")
-        if options.purge:
-            if options.verify or options.dry_run:
-                raise StageError("--purge goes with no other option than --json")
-            removed = stager.purge(options.destination) if first else 0
-            result, text = {"removed_files": removed}, f"{removed:,} files removed"
-        elif options.dry_run:
-            size = 1 if comm is None else comm.size
-            plan = stager.plan(options.source, options.destination, size, options.replicate)
-            result = {"files": len(plan.files), "bytes": plan.bytes, "staged_files": len(plan.staged)}
-            result["ranks"] = plan.table().to_dict("records")
-            text = str(plan)
-        else:
-            report = stager.stage(
-                options.source, options.destination, comm, replicate=options.replicate, verify=options.verify
-            )
-            result, text = asdict(report), str(report)
+        done = _carry_out(options, comm)
     except StageError as error:
         if first:
-            print(json.dumps({"error": str(error), "failures": error.failures}) if options.json else error,
-                  file=sys.stdout if options.json else sys.stderr)  # fmt: skip
+            print(error, file=sys.stderr)
         return 1 if error.failures else 2
     except KeyboardInterrupt:
         print("interrupted; a further run goes on from here", file=sys.stderr)
         return 130
     if first:
-        print(json.dumps(result) if options.json else text)
+        print(done)
     return 0
+
+
+def _carry_out(options: argparse.Namespace, comm: Any) -> str:
+    """What there is to say of it."""
+    if options.purge == (options.source is not None):
+        raise StageError("give a source and a destination, or --purge and the destination alone")
+    if options.purge and (options.verify or options.dry_run):
+        raise StageError("--purge goes with no other option")
+    if options.purge:
+        removed = stager.purge(options.destination) if comm is None or comm.rank == 0 else 0
+        return f"{removed:,} files removed"
+    if options.dry_run:
+        ranks = 1 if comm is None else comm.size
+        return str(stager.plan(options.source, options.destination, ranks, options.replicate))
+    where = options.source, options.destination, comm
+    return str(stager.stage(*where, replicate=options.replicate, verify=options.verify))
 
 
 if __name__ == "__main__":

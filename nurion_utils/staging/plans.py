@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -54,7 +55,6 @@ class File(NamedTuple):
     size: int
     mtime_ns: int
     mode: int
-    allocated: int  # bytes it takes on disk, fewer than its size where it has holes
 
 
 class Tree(NamedTuple):
@@ -71,61 +71,51 @@ def scan(source: str) -> Tree:
         what = "is not a folder" if os.path.lexists(source) else "does not exist"
         raise StageError(f"the source {source!r} {what}; name the folder that holds the data")
     with refused("looked at"):
-        tree = Tree([], {"": stat.S_IMODE(os.stat(source).st_mode)}, {})
-    pending = [""]
-    while pending:
-        folder = pending.pop()
-        try:
-            entries = sorted(os.scandir(os.path.join(source, folder)), key=lambda entry: entry.name)
-        except OSError as error:
-            if folder and not os.path.lexists(os.path.join(source, folder)):  # it has gone since it was seen
-                tree.directories.pop(folder)
-                continue
-            raise StageError(f"the folder {folder or source!r} cannot be read: {error.strerror}") from None
-        for entry in entries:
-            path = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.name == RECORDS or TEMPORARY.fullmatch(entry.name):  # of a staging to there, also one that died
-                continue
+        tree, pending = Tree([], {"": stat.S_IMODE(os.stat(source).st_mode)}, {}), [""]
+        while pending:
+            folder = pending.pop()
             try:
-                found = entry.stat(follow_symlinks=False)
+                entries = sorted(os.scandir(os.path.join(source, folder)), key=lambda entry: entry.name)
             except FileNotFoundError:  # it has gone since it was seen
+                if not folder:
+                    raise
+                del tree.directories[folder]
                 continue
-            except OSError as error:
-                raise StageError(f"{path!r} cannot be looked at: {error.strerror}") from None
-            if stat.S_ISREG(found.st_mode):
-                # a call less for each of many files that everybody may read
-                if found.st_mode & 0o444 != 0o444 and not os.access(entry.path, os.R_OK):
-                    if not os.path.lexists(entry.path):
-                        continue
-                    raise StageError(f"{path!r} cannot be read: {os.strerror(errno.EACCES)}")
-                mode = stat.S_IMODE(found.st_mode)
-                tree.files.append(File(path, found.st_size, found.st_mtime_ns, mode, found.st_blocks * 512))
-            elif stat.S_ISDIR(found.st_mode):
-                tree.directories[path] = stat.S_IMODE(found.st_mode)
-                pending.append(path)
-            elif stat.S_ISLNK(found.st_mode):
-                with contextlib.suppress(FileNotFoundError):  # it has gone since it was seen
-                    tree.links[path] = _checked_link(source, path)
-            else:
-                raise StageError(f"{path!r} is a pipe, a socket or a device; only files, folders and links are staged")
+            for entry in entries:
+                if entry.name == RECORDS or TEMPORARY.fullmatch(entry.name):  # of a staging to there, dead or alive
+                    continue
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                try:
+                    found = entry.stat(follow_symlinks=False)
+                    if stat.S_ISREG(found.st_mode):
+                        # a call less for each of many files that everybody may read
+                        if found.st_mode & 0o444 != 0o444 and not os.access(entry.path, os.R_OK):
+                            os.lstat(entry.path)  # it may have gone since it was seen
+                            raise StageError(f"{path!r} cannot be read: {os.strerror(errno.EACCES)}")
+                        tree.files.append(File(path, found.st_size, found.st_mtime_ns, stat.S_IMODE(found.st_mode)))
+                    elif stat.S_ISDIR(found.st_mode):
+                        tree.directories[path] = stat.S_IMODE(found.st_mode)
+                        pending.append(path)
+                    elif stat.S_ISLNK(found.st_mode):
+                        tree.links[path] = _checked_link(source, path)
+                    else:
+                        what = "a pipe, a socket or a device"
+                        raise StageError(f"{path!r} is {what}; only files, folders and links are staged")
+                except FileNotFoundError:  # it has gone since it was seen
+                    continue
     return tree
 
 
 def _checked_link(source: str, path: str) -> str:
     """Target of a symbolic link that means the same in the copy."""
-    try:
-        target = os.readlink(os.path.join(source, path))
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise StageError(f"the link {path!r} cannot be read: {error.strerror}") from None
+    full = os.path.join(source, path)
+    target = os.readlink(full)
     if os.path.isabs(target):
         raise StageError(f"the link {path!r} has the absolute target {target!r}; make it relative, within the source")
     try:
-        resolved = os.path.realpath(os.path.join(source, path), strict=True)
+        resolved = os.path.realpath(full, strict=True)
     except OSError as error:
-        if not os.path.lexists(os.path.join(source, path)):
-            raise FileNotFoundError(path) from None
+        os.lstat(full)  # it may have gone since it was seen
         why = "goes in a circle" if error.errno == errno.ELOOP else f"leads nowhere ({error.strerror})"
         raise StageError(f"the link {path!r} -> {target!r} {why}; mend or remove it") from None
     if not is_within(resolved, os.path.realpath(source)):
@@ -163,8 +153,6 @@ class StagePlan:
         Folders; a destination of a plan that replicates holds ``{rank}`` where the ranks share one file system.
     files : tuple of File
         Those to be copied.
-    reader : tuple of int
-        The rank that reads each of them.
     ranks : int
     replicate : bool
         Whether every rank has a destination of its own and needs all files.  Then each is read once, and goes round
@@ -181,18 +169,21 @@ class StagePlan:
     staged: tuple[File, ...] = ()
     directories: Mapping[str, int] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
-    reader: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.ranks, int) or self.ranks < 1:
             raise ValueError(f"a plan needs a whole number of ranks from 1 up, not {self.ranks!r}")
-        object.__setattr__(self, "reader", tuple(deal(self.files, self.ranks)))
 
     @classmethod
     def of_sizes(cls, sizes_bytes: Iterable[int], ranks: int, replicate: bool = False) -> StagePlan:
         """A plan of files that need not exist, to be timed and drawn."""
-        files = tuple(File(f"file-{i}", size, 0, 0o644, size) for i, size in enumerate(sizes_bytes))
+        files = tuple(File(f"file-{i}", size, 0, 0o644) for i, size in enumerate(sizes_bytes))
         return cls("source", "destination", files, ranks, replicate)
+
+    @functools.cached_property
+    def reader(self) -> tuple[int, ...]:
+        """The rank that reads each of `files`."""
+        return tuple(deal(self.files, self.ranks))
 
     @property
     def bytes(self) -> int:
@@ -205,22 +196,19 @@ class StagePlan:
 
     def table(self) -> pd.DataFrame:
         """One row per rank: rank, reads_files, reads_bytes, sends_bytes, receives_bytes, writes_bytes."""
+        import numpy as np
         import pandas as pd
 
-        reads, count = [0] * self.ranks, [0] * self.ranks
-        for file, rank in zip(self.files, self.reader, strict=True):
-            reads[rank] += file.size
-            count[rank] += 1
-        rows = []
-        for rank in range(self.ranks):
+        files = pd.DataFrame({"rank": self.reader, "reads_bytes": [file.size for file in self.files]}, dtype=int)
+        table = files.groupby("rank")["reads_bytes"].agg(reads_files="count", reads_bytes="sum")
+        table = table.reindex(range(self.ranks), fill_value=0).rename_axis("rank").reset_index()
+        received = self.replicate * (self.bytes - table["reads_bytes"])
+        return table.assign(
             # on its way round the ring a share is not sent back to the rank that read it
-            sends = self.bytes - reads[(rank + 1) % self.ranks] if self.replicate else 0
-            receives = self.bytes - reads[rank] if self.replicate else 0
-            row = {"rank": rank, "reads_files": count[rank], "reads_bytes": reads[rank]}
-            rows.append(
-                {**row, "sends_bytes": sends, "receives_bytes": receives, "writes_bytes": reads[rank] + receives}
-            )
-        return pd.DataFrame(rows)
+            sends_bytes=np.roll(received, -1),
+            receives_bytes=received,
+            writes_bytes=table["reads_bytes"] + received,
+        )
 
     def time(
         self,
@@ -259,14 +247,14 @@ class StagePlan:
         return "\n".join(lines)
 
 
-def count(files: Sequence) -> str:
+def count(files: Sized) -> str:
     return f"{len(files):,} file{'' if len(files) == 1 else 's'}"
 
 
 def bytes_text(size_bytes: float) -> str:
     """A number of bytes as people read it, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size_bytes < 1000 or unit == "TB":
-            return f"{size_bytes:.3g} {unit}" if size_bytes < 1000 else f"{size_bytes:,.0f} {unit}"
+        if size_bytes < 1000:
+            return f"{size_bytes:.3g} {unit}"
         size_bytes /= 1000
-    raise AssertionError
+    return f"{size_bytes:.3g} PB"

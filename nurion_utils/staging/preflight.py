@@ -21,17 +21,15 @@ from nurion_utils.staging.plans import (
     refused,
     scan,
 )
-from nurion_utils.staging.records import Record, is_copy, is_of, is_time, read_records, record_of_link
+from nurion_utils.staging.records import Record, is_copy, is_of, read_records, record_of_link
 
 
 @dataclass
 class Job:
-    """A plan, and what is known about its destination."""
+    """A plan, and the temporary files that killed runs left at its destination."""
 
     plan: StagePlan
-    records: dict[str, Record]  # of the files that are staged already
-    present: set[str]  # at the destination with the right size and time, but on no record
-    leftovers: list[str]  # temporary files of killed runs
+    leftovers: list[str]
 
 
 def prepare(source: str, destination: str, ranks: int, replicate: bool) -> Job:
@@ -50,62 +48,45 @@ def prepare(source: str, destination: str, ranks: int, replicate: bool) -> Job:
     with refused("looked at"):
         existing, leftovers = look(destination, tree.directories)
         records = read_records(destination) if existing else {}
-        todo, staged, present, known = _compared(tree, existing, records)
-        _require_kinds(destination, tree, existing, records)
-        _require_room(destination, todo, tree)
+        _require_ours(destination, tree, existing, records)
+        todo, staged = [], []
+        for file in tree.files:
+            (staged if is_staged(file, existing, records) else todo).append(file)
+        _require_room(destination, todo)
     plan = StagePlan(source, destination, tuple(todo), ranks, replicate, tuple(staged), tree.directories, tree.links)
-    return Job(plan, known, present, leftovers)
+    return Job(plan, leftovers)
 
 
-def _compared(
-    tree: Tree, existing: dict[str, os.stat_result], records: dict[str, list[Record]]
-) -> tuple[list[File], list[File], set[str], dict[str, Record]]:
-    """The files to copy, those that are staged, those of the former that lie there on no record, and the records."""
-    todo, staged, present, known = [], [], set(), {}
-    for file in tree.files:
-        found = existing.get(file.path)
-        if found is None:
-            todo.append(file)
-            continue
-        if not stat.S_ISREG(found.st_mode):
-            raise StageError(f"at the destination {file.path!r} is not a file, but in the source it is; move it away")
-        at = (found.st_size, found.st_mtime_ns)
-        known_as = [record for record in reversed(records.get(file.path, [])) if is_copy(record, *at)]
-        ours = next((record for record in known_as if is_of(record, file)), next(iter(known_as), None))
-        if ours and is_of(ours, file):
-            known[file.path] = ours
-            staged.append(file)
-        elif not ours and found.st_size == file.size and is_time(found.st_mtime_ns, file.mtime_ns):
-            present.add(file.path)
-            todo.append(file)
-        elif ours:
-            todo.append(file)  # the source has changed since
-        else:
-            what = "was changed after it had been staged" if file.path in records else "was not staged from here"
-            raise StageError(f"at the destination {file.path!r} {what}; move it away, or stage to another folder")
-    return todo, staged, present, known
-
-
-def _require_kinds(
+def _require_ours(
     destination: str, tree: Tree, existing: dict[str, os.stat_result], records: dict[str, list[Record]]
 ) -> None:
-    """Refuse a folder or link in whose place something else lies."""
+    """Refuse to replace anything that was not staged from here, or is of another kind than in the source."""
+    kinds = dict.fromkeys(tree.directories, ("folder", stat.S_ISDIR))
+    kinds |= dict.fromkeys(tree.links, ("link", stat.S_ISLNK))
+    kinds |= dict.fromkeys((file.path for file in tree.files), ("file", stat.S_ISREG))
     for path, found in existing.items():
-        if path in tree.directories and not stat.S_ISDIR(found.st_mode):
-            raise StageError(f"at the destination {path!r} is not a folder, but in the source it is; move it away")
-        if path in tree.links:
-            if not stat.S_ISLNK(found.st_mode):
-                raise StageError(f"at the destination {path!r} is not a link, but in the source it is; move it away")
-            full = os.path.join(destination, path)
-            if os.readlink(full) != tree.links[path] and not is_ours(full, found, records.get(path, [])):
-                raise StageError(f"at the destination the link {path!r} was not staged from here; move it away")
+        if path not in kinds:
+            continue
+        (kind, is_kind), full = kinds[path], os.path.join(destination, path)
+        if not is_kind(found.st_mode):
+            raise StageError(f"at the destination {path!r} is not a {kind}, but in the source it is; move it away")
+        same = kind == "folder" or (kind == "link" and os.readlink(full) == tree.links[path])
+        if not same and not is_ours(full, found, records.get(path, [])):
+            what = "was changed after it had been staged" if path in records else "was not staged from here"
+            raise StageError(f"at the destination the {kind} {path!r} {what}; move it away, or stage to another folder")
+
+
+def is_staged(file: File, existing: dict[str, os.stat_result], records: dict[str, list[Record]]) -> bool:
+    """Whether the file is in place and on record, as the source has it."""
+    found = existing.get(file.path)
+    return found is not None and any(is_of(r, file) and is_copy(r, found) for r in records.get(file.path, []))
 
 
 def is_ours(path: str, found: os.stat_result, records: Sequence[Record]) -> bool:
     """Whether the file or link that was found there is as one of its records says."""
     if stat.S_ISLNK(found.st_mode):
         return record_of_link(os.readlink(path)) in records
-    return stat.S_ISREG(found.st_mode) and any(is_copy(record, found.st_size, found.st_mtime_ns) for record in records)
+    return stat.S_ISREG(found.st_mode) and any(is_copy(record, found) for record in records)
 
 
 def require_safe(path: str) -> None:
@@ -123,8 +104,6 @@ def look(destination: str, folders: Iterable[str]) -> tuple[dict[str, os.stat_re
             entries = list(os.scandir(os.path.join(destination, folder)))
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except OSError as error:
-            raise StageError(f"the destination {destination!r} cannot be read: {error.strerror}") from None
         for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
             if TEMPORARY.fullmatch(entry.name):
@@ -135,7 +114,7 @@ def look(destination: str, folders: Iterable[str]) -> tuple[dict[str, os.stat_re
     return existing, leftovers
 
 
-def _require_room(destination: str, files: Sequence[File], tree: Tree) -> None:
+def _require_room(destination: str, files: Sequence[File]) -> None:
     parent = destination
     while not os.path.isdir(parent):
         parent = os.path.dirname(parent)
@@ -144,15 +123,9 @@ def _require_room(destination: str, files: Sequence[File], tree: Tree) -> None:
         raise StageError(f"{parent!r} cannot be written to; choose another destination, or ask for the permission")
     room = os.statvfs(parent)
     # a page for the end of each file, and a line of the manifest
-    needed = sum(min(file.size, file.allocated) + 4096 if file.size else 256 for file in files)
+    needed = sum(file.size + 4096 if file.size else 256 for file in files)
     if needed > (free := room.f_bavail * room.f_frsize):
         raise StageError(
             f"{destination!r} has {bytes_text(free)} free, and {bytes_text(needed)} are needed; make room, or choose "
             "another destination"
-        )
-    inodes = len(files) + len(tree.directories) + len(tree.links) + 8
-    if room.f_files and inodes > room.f_favail:  # no limit where f_files is 0
-        raise StageError(
-            f"{destination!r} has room for {room.f_favail:,} more files, and {inodes:,} are needed; pack them into "
-            "fewer, larger ones, or choose another destination"
         )

@@ -6,14 +6,14 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from nurion_utils.staging.plans import RECORDS, File
 
 # Size, the time as the destination's file system keeps it, hash, and the time that the source had: Lustre, for one,
 # keeps whole seconds.
 Record = tuple[int, int, str, int]
-GRANULES_NS = (100, 1000, 10**6, 10**9, 2 * 10**9)  # in which file systems keep times
+GRANULES_NS = (1, 100, 1000, 10**6, 10**9, 2 * 10**9)  # in which file systems keep times
 # What else purge has to know: links, by their targets, and folders, which may be empty.
 FOLDER: Record = (-2, 0, "", 0)
 
@@ -23,14 +23,10 @@ def line_of(file: File, kept_ns: int, digest: str) -> str:
     return json.dumps([file.path, file.size, kept_ns, digest, file.mtime_ns]) + "\n"
 
 
-def is_time(found_ns: int, of_ns: int) -> bool:
-    """Whether a file system that was given the time `of_ns`, or showed it, may show it as `found_ns` later."""
-    return found_ns == of_ns or any(found_ns == of_ns - of_ns % granule for granule in GRANULES_NS)
-
-
-def is_copy(record: Record, size: int, mtime_ns: int) -> bool:
-    """Whether a file of that size and time at the destination is as the record says."""
-    return record[0] == size and is_time(mtime_ns, record[1])
+def is_copy(record: Record, found: os.stat_result) -> bool:
+    """Whether a file at the destination has the size and the time of the record, as its file system may show it."""
+    size, kept_ns, _, _ = record
+    return found.st_size == size and any(found.st_mtime_ns == kept_ns - kept_ns % granule for granule in GRANULES_NS)
 
 
 def is_of(record: Record, file: File) -> bool:
@@ -52,26 +48,23 @@ def read_records(destination: str) -> dict[str, list[Record]]:
             with open(os.path.join(folder, name), encoding="ascii", errors="replace") as lines:
                 for line in lines:
                     try:
-                        path, *record = json.loads(line)
-                        size, kept_ns, digest, mtime_ns = record
+                        path, size, kept_ns, digest, mtime_ns = json.loads(line)
+                        record = int(size), int(kept_ns), digest, int(mtime_ns)
+                        records.setdefault(os.fspath(path), []).append(record)
                     except (ValueError, TypeError):  # a line that a killed copier did not finish
                         continue
-                    records.setdefault(path, []).append((size, kept_ns, digest, mtime_ns))
     return records
 
 
-def write_manifest(destination: str, others: Mapping[str, Record], forget: Iterable[str]) -> None:
-    """Put the manifest, all journals and the records of `others` into one new manifest, without paths to `forget`."""
-    folder, forget = os.path.join(destination, RECORDS), set(forget)
+def write_manifest(destination: str, others: Mapping[str, Record]) -> None:
+    """Put the manifest, all journals and the records of `others` into one new manifest."""
+    folder = os.path.join(destination, RECORDS)
     journals = [name for name in os.listdir(folder) if name.startswith("journal-")]
     temporary = os.path.join(folder, "manifest.part")
     with open(temporary, "wb") as out:
         for name in ["manifest.jsonl", *journals]:
             with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, name), "rb") as lines:
-                if forget:
-                    out.writelines(line for line in lines if _path_of(line) not in forget)
-                else:
-                    shutil.copyfileobj(lines, out)
+                shutil.copyfileobj(lines, out)
                 out.write(b"\n")  # after a line that a killed copier did not finish
         out.writelines(f"{json.dumps([path, *record])}\n".encode() for path, record in others.items())
     os.replace(temporary, os.path.join(folder, "manifest.jsonl"))
@@ -81,10 +74,3 @@ def write_manifest(destination: str, others: Mapping[str, Record], forget: Itera
 
 def record_of_link(target: str) -> Record:
     return -1, 0, target, 0
-
-
-def _path_of(line: bytes) -> str | None:
-    try:
-        return json.loads(line)[0]
-    except (ValueError, TypeError, LookupError):
-        return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import stat
 import time
@@ -11,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from nurion_utils.staging import records
-from nurion_utils.staging.plans import RECORDS, StageError, StagePlan, bytes_text, count
+from nurion_utils.staging.copying import lock
+from nurion_utils.staging.plans import RECORDS, File, StageError, StagePlan, bytes_text, count, refused
 from nurion_utils.staging.preflight import Job
-from nurion_utils.staging.records import Record, is_of, read_records
+from nurion_utils.staging.records import is_of, read_records
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Report:
         )
 
 
-def report(job: Job, began: float, verified: bool, mended_files: int) -> Report:
-    plan = job.plan
+def report(plan: StagePlan, began: float, verified: bool, mended_files: int) -> Report:
     everything = sum(file.size for file in plan.staged) + plan.bytes
     time_s = time.perf_counter() - began
     files = len(plan.staged) + len(plan.files)
@@ -64,50 +63,31 @@ def report(job: Job, began: float, verified: bool, mended_files: int) -> Report:
 def begin(job: Job) -> Iterator[None]:
     """Make the folders, and keep others from staging to them."""
     destination = job.plan.destination
-    with contextlib.ExitStack() as stack:
-        try:
-            for folder in sorted(job.plan.directories):  # "" first, then each before what is in it
-                path = os.path.join(destination, folder)
-                os.makedirs(path, exist_ok=True)
-                if not os.access(path, os.W_OK | os.X_OK):  # a read-only folder, from an earlier run
-                    os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | 0o700)
-            os.makedirs(os.path.join(destination, RECORDS), exist_ok=True)
-            stack.enter_context(lock(destination))
-            for leftover in job.leftovers:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(destination, leftover))
-        except OSError as error:
-            raise StageError(f"{error.filename!r} cannot be made: {error.strerror}; nothing was copied") from None
+    with refused("made"):
+        for folder in sorted(job.plan.directories):  # "" first, then each before what is in it
+            path = os.path.join(destination, folder)
+            os.makedirs(path, exist_ok=True)
+            if not os.access(path, os.W_OK | os.X_OK):  # a read-only folder, from an earlier run
+                os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | 0o700)
+        os.makedirs(os.path.join(destination, RECORDS), exist_ok=True)
+    with lock(destination):
+        for leftover in job.leftovers:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(destination, leftover))
         yield
 
 
-@contextlib.contextmanager
-def lock(destination: str) -> Iterator[None]:
-    with open(os.path.join(destination, RECORDS, "lock"), "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the copiers hold it too
-        except BlockingIOError:
-            raise StageError(f"another staging to {destination!r} is at work; wait for it to end") from None
-        except OSError:
-            pass  # some file systems know no locks
-        yield
+def on_record(plan: StagePlan) -> list[tuple[File, str]]:
+    """The files of the plan that are on record, with their latest hashes."""
+    records, known = read_records(plan.destination), []
+    for file in (*plan.files, *plan.staged):
+        known += [(file, record[2]) for record in records.get(file.path, []) if is_of(record, file)][-1:]
+    return known
 
 
-def staged_records(job: Job) -> dict[str, Record]:
-    """The latest record of each file of the plan that has one."""
-    on_record = read_records(job.plan.destination)
-    result = dict(job.records)
-    for file in job.plan.files:
-        ours = [record for record in on_record.get(file.path, []) if is_of(record, file)]
-        if ours:
-            result[file.path] = ours[-1]
-    return result
-
-
-def finish(job: Job, failures: Mapping[str, str]) -> None:
+def finish(plan: StagePlan, failures: Mapping[str, str]) -> None:
     """Links, modes of folders, the manifest; raises `StageError` for what failed."""
-    plan, problems = job.plan, dict(failures)
+    problems = dict(failures)
     for path, target in plan.links.items():
         full = os.path.join(plan.destination, path)
         try:
@@ -121,7 +101,7 @@ def finish(job: Job, failures: Mapping[str, str]) -> None:
     try:
         others = {path: records.record_of_link(target) for path, target in plan.links.items()}
         others |= dict.fromkeys(filter(None, plan.directories), records.FOLDER)
-        records.write_manifest(plan.destination, others, forget=problems)
+        records.write_manifest(plan.destination, others)
     except OSError as error:
         problems["the manifest"] = f"{error.strerror}; the journals hold the records"
     for folder, mode in sorted(plan.directories.items(), reverse=True):
@@ -129,17 +109,12 @@ def finish(job: Job, failures: Mapping[str, str]) -> None:
             full = os.path.join(plan.destination, folder)
             # What the folder's owner has set on it stays: in a project's folder new files get the project's group.
             os.chmod(full, mode | stat.S_IMODE(os.stat(full).st_mode) & 0o7000)
-    raise_failures(plan, problems)
-
-
-def raise_failures(plan: StagePlan, failures: Mapping[str, str]) -> None:
-    if not failures:
-        return
-    shown = "; ".join(f"{path!r}: {why}" for path, why in list(failures.items())[:5])
-    more = f"; and {len(failures) - 5:,} more" if len(failures) > 5 else ""
-    done = len(plan.files) - len(set(failures) & {file.path for file in plan.files})
-    raise StageError(
-        f"{count(list(failures))} could not be staged to {plan.destination!r} ({shown}{more}); the other {done:,} are "
-        "in place, and a further run copies only what is missing",
-        failures,
-    )
+    if problems:
+        shown = "; ".join(f"{path!r}: {why}" for path, why in list(problems.items())[:5])
+        more = f"; and {len(problems) - 5:,} more" if len(problems) > 5 else ""
+        done = sum(file.path not in problems for file in plan.files)
+        raise StageError(
+            f"{count(problems)} could not be staged to {plan.destination!r} ({shown}{more}); the other {done:,} are "
+            "in place, and a further run copies only what is missing",
+            problems,
+        )

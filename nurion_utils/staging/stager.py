@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pickle
 import stat
@@ -13,11 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from nurion_utils.staging import copying
-from nurion_utils.staging.copying import verify_share
-from nurion_utils.staging.plans import RECORDS, File, StageError, StagePlan, deal, is_within, refused
-from nurion_utils.staging.preflight import is_ours, look, prepare, require_safe
-from nurion_utils.staging.records import FOLDER, is_copy, is_of, read_records
-from nurion_utils.staging.session import Report, begin, finish, lock, report, staged_records
+from nurion_utils.staging.plans import RECORDS, StageError, StagePlan, is_within, refused
+from nurion_utils.staging.preflight import is_ours, is_staged, look, prepare, require_safe
+from nurion_utils.staging.records import FOLDER, read_records
+from nurion_utils.staging.session import Report, begin, finish, on_record, report
 
 # Below this much work, starting processes takes longer than they save.
 SMALL_FILES, SMALL_BYTES = 500, 32 << 20
@@ -50,11 +50,11 @@ def stage(
     Every file is hashed on the way (xxh3, 128 bits: against accidents, not against attackers) and appears under its
     name only when it is whole. Regular files, folders and links within the source are copied, with their modes; so are
     the modification times of files, as finely as the destination's file system keeps them. Owners, extended
-    attributes, hard links, and the times of folders and links are not. A folder that is there already gets the mode
-    of the source's, but keeps its set-group-id and sticky bits. What is left of another staging in the source,
-    ``.nurion-stage`` and ``.nurion-part-*``, is not data and stays behind.  The manifest with the hashes lies in
-    ``.nurion-stage`` at the destination; files that are there already, and on record, are not copied again.
-    Source files over 1 MiB are not kept in the page cache.
+    attributes, hard links, holes, and the times of folders and links are not. A folder that is there already gets the
+    mode of the source's, but keeps its set-group-id and sticky bits. What is left of another staging in the source,
+    ``.nurion-stage`` and ``.nurion-part-*``, is not data and stays behind. The manifest with the hashes lies in
+    ``.nurion-stage`` at the destination; files that are there already, and on record, are not copied again; any other
+    file in the place of one is refused. Source files over 1 MiB are not kept in the page cache.
 
     Parameters
     ----------
@@ -105,42 +105,39 @@ def purge(destination: str | os.PathLike) -> int:
 
 
 def _purge(destination: str) -> int:
-    removed, modes = 0, {}
+    removed, folders, modes = 0, set(), {}
 
-    def open_up(folder: str) -> None:
-        """A folder that is read-only, as the source's was, gives up its files only when it is writable."""
-        if not os.access(folder, os.W_OK | os.X_OK) and folder not in modes:
-            modes[folder] = stat.S_IMODE(os.stat(folder).st_mode)
+    def remove(function: Callable[[str], None], path: str) -> None:
+        """A folder that is read-only, as the source's was, gives up what is in it only when it is writable."""
+        folder = os.path.dirname(path)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            modes.setdefault(folder, stat.S_IMODE(os.stat(folder).st_mode))
             os.chmod(folder, modes[folder] | 0o700)
+        function(path)
 
-    with lock(destination):
-        records = read_records(destination)
-        folders = set()
-        for path, known in records.items():
+    with copying.lock(destination):
+        for path, known in read_records(destination).items():
             full = os.path.join(destination, path)
             # no record, however it came about, may lead out of the destination
             if ".." in path.split("/") or not is_within(os.path.realpath(os.path.dirname(full)), destination):
                 continue
             with contextlib.suppress(OSError):
                 if is_ours(full, os.lstat(full), known):
-                    open_up(os.path.dirname(full))
-                    os.unlink(full)
+                    remove(os.unlink, full)
                     removed += 1
             if FOLDER in known:
                 folders.add(path)
             while path := os.path.dirname(path):
                 folders.add(path)
         for leftover in look(destination, sorted(folders | {""}))[1]:
-            open_up(os.path.dirname(os.path.join(destination, leftover)))
-            os.unlink(os.path.join(destination, leftover))
+            remove(os.unlink, os.path.join(destination, leftover))
         for name in os.listdir(os.path.join(destination, RECORDS)):
             os.unlink(os.path.join(destination, RECORDS, name))
-    for folder in [RECORDS, *sorted(folders, key=lambda path: -path.count("/")), ""]:
-        full = os.path.join(destination, folder)
+    for folder in [RECORDS, *sorted(folders, reverse=True)]:  # each after what is in it
         with contextlib.suppress(OSError):  # others' files are in it
-            if folder:
-                open_up(os.path.dirname(full))
-            os.rmdir(full)
+            remove(os.rmdir, os.path.join(destination, folder))
+    with contextlib.suppress(OSError):
+        os.rmdir(destination)
     for folder, mode in modes.items():
         with contextlib.suppress(OSError):  # it has gone
             os.chmod(folder, mode)
@@ -150,56 +147,47 @@ def _purge(destination: str) -> int:
 def _stage_here(source: str, destination: str, workers: int | None, verify: bool) -> Report:
     began = time.perf_counter()
     job = prepare(source, destination, 1, False)
-    files, total = job.plan.files, job.plan.bytes
+    damaged: dict[str, str] = {}
     if workers is None:
-        little = len(files) < SMALL_FILES and total < SMALL_BYTES
+        work = job.plan.files + (job.plan.staged if verify else ())
+        little = len(work) < SMALL_FILES and sum(file.size for file in work) < SMALL_BYTES
         workers = 0 if little else len(os.sched_getaffinity(0))
-
-    def carry_out(function: str, shares: Sequence[tuple], size_bytes: int, title: str) -> dict[str, str]:
-        with _progress(size_bytes, title) as tell:
-            if not workers:
-                return getattr(copying, function)(*shares[0], tell)
-            return _in_processes(function, shares, tell, job.plan.destination)
-
-    def copy(these: Sequence[File]) -> dict[str, str]:
-        places = deal(these, max(workers, 1))
-        shares = [[f for f, place in zip(these, places, strict=True) if place == i] for i in range(max(workers, 1))]
-        arguments = [(job.plan.source, job.plan.destination, share, job.present) for share in shares]
-        return carry_out("copy_share", arguments, sum(file.size for file in these), "staging")
-
+    plan = dataclasses.replace(job.plan, ranks=max(workers, 1))
+    carry_out = _in_processes if workers else _in_turn
     with refused("staged"), begin(job):
-        failures = copy(files)
+        shares = [[plan.files[i] for i in plan.share(worker)] for worker in range(plan.ranks)]
+        failures = carry_out("copy_share", plan, shares, plan.bytes, "staging")
         if verify:
-            staged = staged_records(job)
-            everything = list(staged.items())
-            n = max(workers, 1)
-            arguments = [(job.plan.destination, everything[i::n]) for i in range(n)]
-            damaged = carry_out("verify_share", arguments, sum(r[0] for r in staged.values()), "verifying")
-            again = [file for file in (*files, *job.plan.staged) if file.path in damaged]
-            failures |= copy(again)
-            known = staged_records(job)
-            mended = [(file.path, known[file.path]) for file in again if file.path in known]
-            failures |= verify_share(job.plan.destination, mended, lambda done: None)
-        finish(job, failures)
-    return report(job, began, verify, len(again) if verify else 0)
+            known = on_record(plan)
+            shares = [known[worker :: plan.ranks] for worker in range(plan.ranks)]
+            damaged = carry_out("verify_share", plan, shares, sum(file.size for file, _ in known), "verifying")
+        finish(plan, {path: why for path, why in (failures | damaged).items() if why})
+    return report(plan, began, verify, len(damaged))
+
+
+def _in_turn(function: str, plan: StagePlan, shares: Sequence[list], size_bytes: int, title: str) -> dict[str, str]:
+    """Call a function of `copying` with the only share there is."""
+    with _progress(size_bytes, title) as tell:
+        return getattr(copying, function)(plan.source, plan.destination, shares[0], tell)
 
 
 def _in_processes(
-    function: str, shares: Sequence[tuple], tell: Callable[[int], None], destination: str
+    function: str, plan: StagePlan, shares: Sequence[list], size_bytes: int, title: str
 ) -> dict[str, str]:
-    """Run a function of `copying` on each share, in processes that end with this one."""
+    """Call a function of `copying` with each share, in processes that end with this one."""
     import selectors
 
     command = [sys.executable, "-P", "-m", "nurion_utils.staging.worker", str(os.getpid())]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     failures: dict[str, str] = {}
     with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+        tell = stack.enter_context(_progress(size_bytes, title))
         for share in shares:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            process = stack.enter_context(subprocess.Popen(command, env=environment, bufsize=-1, **pipes))
+            process = stack.enter_context(subprocess.Popen(command, env=environment, **pipes))
             stack.callback(process.kill)  # before waiting for it, when this process is interrupted
             with contextlib.suppress(BrokenPipeError):  # it has ended already: found below
-                pickle.dump((function, share, destination), process.stdin)
+                pickle.dump((function, (plan.source, plan.destination, share)), process.stdin)
                 process.stdin.close()
             selector.register(process.stdout, selectors.EVENT_READ, (process, share))
         while selector.get_map():
@@ -208,8 +196,7 @@ def _in_processes(
                 try:
                     message = pickle.load(process.stdout)
                 except (EOFError, pickle.UnpicklingError):
-                    failures |= _lost(process.wait(), share, destination)
-                    message = {}
+                    message = _lost(process.wait(), plan, function, share)
                 if isinstance(message, int):
                     tell(message)
                     continue
@@ -218,27 +205,14 @@ def _in_processes(
     return failures
 
 
-def _lost(status: int, share: tuple, destination: str) -> dict[str, str]:
+def _lost(status: int, plan: StagePlan, function: str, share: list) -> dict[str, str]:
     """The files that a process which has died did not copy, or did not verify."""
     how = f"signal {-status}" if status < 0 else f"exit status {status}"
-    if len(share) == 2:  # what `verify_share` takes
-        return {path: f"not read again: the process that did it has died ({how})" for path, _ in share[1]}
-    return missing(destination, share[2], f"the process that copied it has died ({how})")
-
-
-def missing(destination: str, files: Sequence[File], why: str) -> dict[str, str]:
-    """Those of `files` that are not in place and on record, each with the reason `why`."""
-    records, failures = read_records(destination), {}
-    for file in files:
-        try:
-            found = os.lstat(os.path.join(destination, file.path))
-        except OSError:
-            failures[file.path] = why
-            continue
-        ours = [record for record in records.get(file.path, []) if is_of(record, file)]
-        if not any(is_copy(record, found.st_size, found.st_mtime_ns) for record in ours):
-            failures[file.path] = why
-    return failures
+    if function == "verify_share":
+        return {file.path: f"not read again: the process that did it has died ({how})" for file, _ in share}
+    existing, records = look(plan.destination, plan.directories)[0], read_records(plan.destination)
+    missing = [file.path for file in share if not is_staged(file, existing, records)]
+    return dict.fromkeys(missing, f"the process that copied it has died ({how})")
 
 
 @contextlib.contextmanager

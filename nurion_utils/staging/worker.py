@@ -1,6 +1,7 @@
-"""One of the processes that `stage` copies with when it is given no ranks: takes a pickled share, tells how far it is.
+"""One of the processes that `stage` copies with when it is given no ranks.
 
-On its standard output it writes pickled numbers of bytes, and at last the dictionary of failures.
+Pickled on its standard input it takes the name of a function of `copying`, and the arguments; on its standard output
+it writes pickled numbers of bytes that are done, and at last what the function returns.
 """
 
 import os
@@ -16,17 +17,15 @@ from nurion_utils.staging import copying
 class Teller:
     """Adds up numbers of bytes and passes them on ten times a second: a message for each would slow copying down."""
 
-    def __init__(self, send):
-        self.send, self.sum, self.at = send, 0, time.monotonic()
+    def __init__(self):
+        self.sum, self.at = 0, time.monotonic()
 
     def __call__(self, done: int) -> None:
         self.sum += done
         if time.monotonic() - self.at > 0.1:
-            self.flush()
-
-    def flush(self) -> None:
-        self.send(self.sum)
-        self.sum, self.at = 0, time.monotonic()
+            pickle.dump(self.sum, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+            self.sum, self.at = 0, time.monotonic()
 
 
 def main() -> None:
@@ -34,11 +33,11 @@ def main() -> None:
     if os.getppid() != int(sys.argv[1]):  # it was gone before that, and nobody would end this process
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that started this one, and ends it
-    function, arguments, lock = pickle.load(sys.stdin.buffer)
-    tell = Teller(lambda done: (pickle.dump(done, sys.stdout.buffer), sys.stdout.buffer.flush()))
-    with copying.shared_lock(lock):
-        failures = getattr(copying, function)(*arguments, tell)
-    tell.flush()
+    function, (source, destination, share) = pickle.load(sys.stdin.buffer)
+    tell = Teller()
+    with copying.shared_lock(destination):
+        failures = getattr(copying, function)(source, destination, share, tell)
+    pickle.dump(tell.sum, sys.stdout.buffer)
     pickle.dump(failures, sys.stdout.buffer)
 
 

@@ -18,9 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nurion_utils"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = sorted(init.parent for init in PACKAGE.rglob("*/__init__.py"))
-# What is still over its budget, and by how much: these numbers may only fall.
-OVER_LINES = {"staging": 1680, "staging/copying.py": 316}
-OVER_FUNCTIONS = {"staging/__main__.py": 49, "staging/plans.py": 42}
 PACKAGE_LINES = 13_941  # on the way to 11,500
 READERS = [*(ROOT / "notebooks" / "src").glob("*.py"), *(ROOT / "tools").rglob("*.py"), ROOT / "README.md"]
 
@@ -55,7 +52,7 @@ def functions(path: Path) -> list[ast.FunctionDef]:
 
 @pytest.mark.parametrize("room", ROOMS, ids=title)
 def test_a_room_has_at_most_1500_lines(room: Path) -> None:
-    assert lines(of_room(room)) <= OVER_LINES.get(title(room), 1500)
+    assert lines(of_room(room)) <= 1500
 
 
 def test_the_package_does_not_grow() -> None:
@@ -64,10 +61,8 @@ def test_the_package_does_not_grow() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=title)
 def test_a_file_has_at_most_300_lines_and_its_functions_40_and_7_arguments(file: Path) -> None:
-    assert lines([file]) <= OVER_LINES.get(title(file), 300)
-    long = {
-        each.name: n for each in functions(file) if (n := code_lines(file, each)) > OVER_FUNCTIONS.get(title(file), 40)
-    }
+    assert lines([file]) <= 300
+    long = {each.name: n for each in functions(file) if (n := code_lines(file, each)) > 40}
     assert not long
     named = {each.name: [*each.args.posonlyargs, *each.args.args, *each.args.kwonlyargs] for each in functions(file)}
     wide = {name: len(a) for name, a in named.items() if len([x for x in a if x.arg not in ("self", "cls")]) > 7}

@@ -238,13 +238,18 @@ def test_a_path_that_is_too_long_for_the_destination_is_named(source: Path) -> N
         staging.stage(source, far)
 
 
-@pytest.mark.parametrize("line", ["[1, 2]", "5", '["a", 1000]', "null", '{"a": 1}', "[", '["a", 1, 2, "x", 3, 4]'])
+DAMAGED = ["[1, 2]", "5", '["a", 1000]', "null", '{"a": 1}', "[", '["a", 1, 2, "x", 3, 4]']
+DAMAGED += ['[["a"], 1000, 2, "x", 3]', '[5, 1000, 2, "x", 3]', '["a", 1000, null, "x", null]']
+
+
+@pytest.mark.parametrize("line", DAMAGED)
 def test_a_damaged_line_of_a_manifest_is_no_record(source: Path, line: str) -> None:
     copy = source.with_name("copy")
     staging.stage(source, copy)
     with open(copy / RECORDS / "manifest.jsonl", "a") as manifest:
         manifest.write(f"{line}\n")
     assert staging.stage(source, copy).copied_files == 0
+    assert staging.purge(copy) == 2 and not copy.exists()
 
 
 def test_nor_does_it_disturb_a_staging_in_which_a_file_fails(source: Path) -> None:
@@ -260,6 +265,32 @@ def test_nor_does_it_disturb_a_staging_in_which_a_file_fails(source: Path) -> No
     assert staging.stage(source, copy).copied_files == 1
 
 
+def test_a_changed_file_that_fails_stays_as_it_was_and_is_copied_by_the_next_run(source: Path) -> None:
+    copy = source.with_name("copy")
+    (source / "new").write_bytes(b"old")
+    staging.stage(source, copy)
+    (source / "new").write_bytes(b"n" * 2_000_000)
+    os.utime(source / "new", ns=(0, 0))
+    assert subprocess.run([sys.executable, "-P", "-c", FAILS, str(source), str(copy)], timeout=120).returncode == 1
+    assert (copy / "new").read_bytes() == b"old"
+    assert staging.stage(source, copy).copied_files == 1
+    assert (copy / "new").read_bytes() == (source / "new").read_bytes()
+
+
+def test_a_damaged_copy_that_cannot_be_mended_is_removed_and_copied_by_the_next_run(source: Path) -> None:
+    copy = source.with_name("copy")
+    staging.stage(source, copy)
+    state = (copy / "a").stat()
+    (copy / "a").write_bytes(os.urandom(1000))
+    os.utime(copy / "a", ns=(state.st_atime_ns, state.st_mtime_ns))
+    command = [sys.executable, "-P", "-c", VANISHES, str(source), str(copy)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "'a': No such file or directory" in ended.stderr and not (copy / "a").exists()
+    (source / "b").rename(source / "a")
+    assert staging.stage(source, copy).copied_files == 1
+    assert (copy / "a").read_bytes() == (source / "a").read_bytes()
+
+
 # The file grows shorter between the plan and the copy.
 FAILS = """
 import os, sys
@@ -271,4 +302,16 @@ def cut(job):
     return begin(job)
 stager.begin = cut
 staging.stage(*sys.argv[1:])
+"""
+
+# A file goes away before the copies are verified.
+VANISHES = """
+import os, sys
+from nurion_utils.staging import stage, stager
+on_record = stager.on_record
+def vanish(plan):
+    os.rename(os.path.join(plan.source, "a"), os.path.join(plan.source, "b"))
+    return on_record(plan)
+stager.on_record = vanish
+stage(*sys.argv[1:], verify=True)
 """

@@ -98,25 +98,6 @@ def test_verify_finds_a_damaged_copy_and_mends_it(source, tmp_path):
     assert contents(tmp_path / "copy") == contents(source)
 
 
-def test_files_copied_by_other_means_are_taken_over_if_they_are_the_same(source, tmp_path):
-    subprocess.run(["cp", "-a", source, tmp_path / "copy"], check=True)
-    report = staging.stage(source, tmp_path / "copy")
-    assert staging.stage(source, tmp_path / "copy").copied_files == 0
-    assert report.files == 9 and contents(tmp_path / "copy") == contents(source)
-
-
-def test_a_file_that_only_looks_the_same_is_not_overwritten(source, tmp_path):
-    subprocess.run(["cp", "-a", source, tmp_path / "copy"], check=True)
-    path = tmp_path / "copy/deep/exact"
-    state = path.stat()
-    path.write_bytes(b"\1" + bytes((1 << 20) - 1))
-    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    with pytest.raises(staging.StageError, match="deep/exact.*other content") as caught:
-        staging.stage(source, tmp_path / "copy")
-    assert list(caught.value.failures) == ["deep/exact"]
-    assert path.read_bytes()[0] == 1
-
-
 def test_purge_removes_what_was_staged_and_nothing_else(source, tmp_path):
     staging.stage(source, tmp_path / "copy")
     write(tmp_path / "copy/results.csv", b"mine")
@@ -209,7 +190,7 @@ def test_a_copy_that_somebody_changed_is_not_overwritten(source, tmp_path):
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 10**9), max_size=200), st.integers(1, 50))
 def test_every_file_has_one_reader_and_shares_differ_from_the_mean_by_less_than_the_largest_file(sizes, ranks):
-    files = [File(str(i), size, 0, 0, size) for i, size in enumerate(sizes)]
+    files = [File(str(i), size, 0, 0) for i, size in enumerate(sizes)]
     costs = [size + staging.plans.FILE_COST_BYTES for size in sizes]
     readers = deal(files, ranks)
     assert len(readers) == len(files) and readers == sorted(readers)
@@ -245,9 +226,9 @@ def run(*arguments, **options):
 def test_the_command_plans_stages_verifies_and_purges(source, tmp_path):
     copy = tmp_path / "copy"
     assert "9 files" in run(source, copy, "--dry-run").stdout and not copy.exists()
-    done = run(source, copy, "--verify", "--json")
+    done = run(source, copy, "--verify")
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["copied_files"] == 9
+    assert "9 copied" in done.stdout
     assert contents(copy) == contents(source)
     assert run("--purge", copy).stdout == "11 files removed\n"
 
