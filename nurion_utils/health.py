@@ -12,6 +12,28 @@ if TYPE_CHECKING:
     from nurion_utils.ranks import World
 
 PACKAGES = ("tensorflow-cpu", "keras", "horovod", "mpi4py", "mpich", "ipyparallel")
+REMEDIES = dict.fromkeys(PACKAGES, "Run make setup.") | {
+    "Python": "Set up again with Python 3.11.",
+    "cores busy with something else": (
+        "Timings will be noisy: end other programs, or read only ratios measured in one run."
+    ),
+    "free memory": "A rank with TensorFlow takes about 1 GB: start fewer ranks or end other programs.",
+    "free shared memory (/dev/shm)": (
+        "MPI exchanges messages through /dev/shm: in a container, start it with a larger --shm-size."
+    ),
+    "ranks in order": "Restart the ranks: world.restart().",
+    "cores per rank": "Ranks sit on the same cores: start them with ranks.start.",
+    "MPI adds up the rank numbers": (
+        "mpi4py uses another MPI than the one that started the ranks: remove .venv and run make setup."
+    ),
+    "Horovod adds up the rank numbers": (
+        "Horovod does not see all ranks: it was built without MPI; remove .venv and run make setup."
+    ),
+    "operations Horovod was built with": (
+        "Horovod was built elsewhere: remove .venv and run make setup to build it with MPI, Gloo and oneCCL."
+    ),
+    "operation in use": "HOROVOD_CPU_OPERATIONS is set in your environment: unset it, the ranks choose MPI.",
+}
 
 
 def report(world: "World") -> "pd.DataFrame":
@@ -26,12 +48,11 @@ def report(world: "World") -> "pd.DataFrame":
 
     answers = world.run(_rank_report, timeout_s=120)
     rows = [*_machine_checks(world.n), *_rank_checks(answers)]
-    return pd.DataFrame(rows, columns=["check", "value", "ok", "remedy"]).assign(
-        remedy=lambda table: table["remedy"].where(~table["ok"], "")
-    )
+    table = pd.DataFrame(rows, columns=["check", "value", "ok"])
+    return table.assign(remedy=table["check"].map(REMEDIES).where(~table["ok"], ""))
 
 
-def _machine_checks(n_ranks: int) -> list[tuple[str, str, bool, str]]:
+def _machine_checks(n_ranks: int) -> list[tuple[str, str, bool]]:
     import psutil
 
     cores = len(os.sched_getaffinity(0))
@@ -39,64 +60,34 @@ def _machine_checks(n_ranks: int) -> list[tuple[str, str, bool, str]]:
     memory_gb = psutil.virtual_memory().available / 1e9
     shared_gb = shutil.disk_usage("/dev/shm").free / 1e9
     return [
-        ("Python", sys.version.split()[0], sys.version_info[:2] == (3, 11), "Set up again with Python 3.11."),
-        *[(name, installed(name), installed(name) != "missing", "Run make setup.") for name in PACKAGES],
-        ("cores for the ranks", f"{cores} for {n_ranks} ranks", True, ""),
-        (
-            "cores busy with something else",
-            f"{busy:.1f} of {cores}",
-            busy < 0.3 * cores,
-            "Timings will be noisy: end other programs, or read only ratios measured in one run.",
-        ),
-        (
-            "free memory",
-            f"{memory_gb:.1f} GB",
-            memory_gb > 1.0 * n_ranks,
-            "A rank with TensorFlow takes about 1 GB: start fewer ranks or end other programs.",
-        ),
-        (
-            "free shared memory (/dev/shm)",
-            f"{shared_gb:.1f} GB",
-            shared_gb > 0.1 * n_ranks,
-            "MPI exchanges messages through /dev/shm: in a container, start it with a larger --shm-size.",
-        ),
+        ("Python", sys.version.split()[0], sys.version_info[:2] == (3, 11)),
+        *[(name, installed(name), installed(name) != "missing") for name in PACKAGES],
+        ("cores for the ranks", f"{cores} for {n_ranks} ranks", True),
+        ("cores busy with something else", f"{busy:.1f} of {cores}", busy < 0.3 * cores),
+        ("free memory", f"{memory_gb:.1f} GB", memory_gb > 1.0 * n_ranks),
+        ("free shared memory (/dev/shm)", f"{shared_gb:.1f} GB", shared_gb > 0.1 * n_ranks),
     ]
 
 
-def _rank_checks(answers: list[dict[str, Any]]) -> list[tuple[str, str, bool, str]]:
+def _rank_checks(answers: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
     n, first = len(answers), answers[0]
-    total = n * (n - 1) // 2
-    order, pinned = [answer["rank"] for answer in answers], [answer["cores"] for answer in answers]
+    order = [answer["rank"] for answer in answers]
+    pinned = [answer["cores"] for answer in answers]
     disjoint = n > len(os.sched_getaffinity(0)) or len(set().union(*pinned)) == sum(map(len, pinned))
-    built = first["horovod_operations"]
+    operations = [name for name, built in first["horovod_operations"].items() if built]
+    checks = [
+        ("MPI library", first["mpi_library"], True),
+        ("ranks in order", str(order), order == list(range(n))),
+        ("cores per rank", str(pinned), disjoint),
+    ]
+    for library in ("MPI", "Horovod"):
+        sums, expected = [answer[f"{library}_sum"] for answer in answers], sum(range(n))
+        right = all(found == expected for found in sums)
+        checks.append((f"{library} adds up the rank numbers", f"{sums[0]:g} (expected {expected})", right))
     return [
-        ("MPI library", first["mpi_library"], True, ""),
-        ("ranks in order", str(order), order == list(range(n)), "Restart the ranks: world.restart()."),
-        ("cores per rank", str(pinned), disjoint, "Ranks sit on the same cores: start them with ranks.start."),
-        (
-            "MPI adds up the rank numbers",
-            f"{first['mpi_sum']} (expected {total})",
-            all(answer["mpi_sum"] == total for answer in answers),
-            "mpi4py uses another MPI than the one that started the ranks: remove .venv and run make setup.",
-        ),
-        (
-            "Horovod adds up the rank numbers",
-            f"{first['horovod_sum']:g} (expected {total})",
-            all(answer["horovod_sum"] == total for answer in answers),
-            "Horovod does not see all ranks: it was built without MPI; remove .venv and run make setup.",
-        ),
-        (
-            "operations Horovod was built with",
-            ", ".join(name for name in built if built[name]),
-            all(built.values()),
-            "Horovod was built elsewhere: remove .venv and run make setup to build it with MPI, Gloo and oneCCL.",
-        ),
-        (
-            "operation in use",
-            first["operation"],
-            first["operation"] == "MPI",
-            "HOROVOD_CPU_OPERATIONS is set in your environment: unset it, the ranks choose MPI.",
-        ),
+        *checks,
+        ("operations Horovod was built with", ", ".join(operations), len(operations) == 3),
+        ("operation in use", first["operation"], first["operation"] == "MPI"),
     ]
 
 
@@ -120,8 +111,8 @@ def _rank_report() -> dict[str, Any]:
         "rank": comm.rank,
         "cores": sorted(os.sched_getaffinity(0)),
         "mpi_library": MPI.Get_library_version().split("\n")[0].replace("\t", " ").strip(),
-        "mpi_sum": comm.allreduce(comm.rank),
-        "horovod_sum": float(hvd.allreduce(tf.constant(float(comm.rank)), op=hvd.Sum, name="health")),
+        "MPI_sum": comm.allreduce(comm.rank),
+        "Horovod_sum": float(hvd.allreduce(tf.constant(float(comm.rank)), op=hvd.Sum, name="health")),
         "horovod_operations": {"MPI": hvd.mpi_built(), "Gloo": hvd.gloo_built(), "oneCCL": hvd.ccl_built()},
         "operation": os.environ.get("HOROVOD_CPU_OPERATIONS", "the first one built"),
     }

@@ -25,11 +25,11 @@ def use() -> None:
     )
 
 
-def log2_axis(axis: Axes, values: Any, thousands: bool = True) -> None:
+def log2_axis(axis: Axes, values: Any) -> None:
     """Make x a logarithmic axis with a tick at each of `values`, such as numbers of nodes or batches."""
     axis.set_xscale("log", base=2)
     ticks = sorted({float(value) for value in values})
-    axis.set_xticks(ticks, [f"{tick:,.0f}" if thousands else f"{tick:.0f}" for tick in ticks])
+    axis.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axis.minorticks_off()
 
 

@@ -61,19 +61,17 @@ def exact_arrays(size_bytes: int, rank: int, ranks: int) -> tuple[np.ndarray, np
     return mine, total
 
 
-def ratios(
-    table: pd.DataFrame, of: str, contender: str, by: Sequence[str] = (), value: str = "time_s", turn: str = "repeat"
-) -> pd.DataFrame:
+def ratios(table: pd.DataFrame, of: str, contender: str, by: Sequence[str] = (), value: str = "time_s") -> pd.DataFrame:
     """How many times as fast as `of` each other contender is, turn by turn.
 
     Parameters
     ----------
     table
-        One row per measurement.
+        One row per measurement; ``repeat`` is the number of the turn.
     of
         The contender that the others are compared with.
-    contender, value, turn
-        Columns with the name of the contender, its time, and the number of the turn.
+    contender, value
+        Columns with the name of the contender, and its time.
     by
         Columns of what was measured, such as a size; compared are rows that agree in them.
 
@@ -88,7 +86,7 @@ def ratios(
     ValueError
         A column is missing, `of` was not measured, or a turn has several times of one contender.
     """
-    keys = [*by, turn]
+    keys = [*by, "repeat"]
     require_columns(table, [contender, *keys, value])
     measured = table.dropna(subset=value)
     if of not in set(measured[contender]):
@@ -97,19 +95,9 @@ def ratios(
         raise ValueError("the table has several times of the same turn; choose the rows of one measurement")
     base = measured.loc[measured[contender] == of, [*keys, value]].rename(columns={value: "base"})
     pairs = measured[measured[contender] != of].merge(base, on=keys)
-    pairs["speedup"] = pairs["base"] / pairs[value]
-    return (
-        pairs.groupby([contender, *by])["speedup"]
-        .agg(
-            speedup="median",
-            low=lambda values: values.quantile(0.25),
-            high=lambda values: values.quantile(0.75),
-            least="min",
-            most="max",
-            turns="size",
-        )
-        .reset_index()
-    )
+    found = pairs.assign(speedup=pairs["base"] / pairs[value]).groupby([contender, *by])["speedup"].describe()
+    columns = {"50%": "speedup", "25%": "low", "75%": "high", "min": "least", "max": "most", "count": "turns"}
+    return found[[*columns]].rename(columns=columns).astype({"turns": int}).reset_index()
 
 
 class OtherLoad:
@@ -178,25 +166,3 @@ class Comparison:
         if self.clear:
             return found
         return f"too noisy to tell: {found}, and other programs took {self.others_cores:.1f} cores meanwhile"
-
-
-def compare(first: Callable[[], float], second: Callable[[], float], least: int = 6, most: int = 20) -> Comparison:
-    """Run two contenders in turn until it is clear which is faster, or `most` pairs have not made it so.
-
-    Parameters
-    ----------
-    first, second
-        Run once and return the time it took.
-    least, most
-        Pairs to run; fewer than 6 can never be clear.
-    """
-    found: list[float] = []
-    load = OtherLoad()
-    while len(found) < most:
-        pair = {}
-        for contender in (first, second) if len(found) % 2 == 0 else (second, first):
-            pair[contender] = contender()
-        found.append(pair[second] / pair[first])
-        if len(found) >= least and Comparison(tuple(found), 0.0).clear:
-            break
-    return Comparison(tuple(found), load.cores())

@@ -33,10 +33,10 @@ def ring(ranks: int) -> Schedule:
     Patarasuk and Yuan (2009): 2 (P-1) / P of the array per rank, and no algorithm can do with less.
     """
     ranks = whole_number(ranks, "ranks")
-    everyone = _fixed(np.arange(ranks))
-    right = _fixed((everyone + 1) % ranks)
-    one, yes, no = (_fixed(np.full(ranks, value)) for value in (1, True, False))
-    wheel = _fixed(np.tile(everyone, 3))  # wheel[P - s + r] is (r - s) % P: a window into it costs no memory
+    everyone = np.arange(ranks)
+    right = (everyone + 1) % ranks
+    one, yes, no = (np.full(ranks, value) for value in (1, True, False))
+    wheel = np.tile(everyone, 3)  # wheel[P - s + r] is (r - s) % P: a window into it costs no memory
     rounds = range(ranks, 1, -1)
     reduce_scatter = [Step(everyone, right, wheel[at : at + ranks], one, yes) for at in rounds]
     allgather = [Step(everyone, right, wheel[at + 1 : at + 1 + ranks], one, no) for at in rounds]
@@ -74,20 +74,17 @@ def hierarchical(ranks: int, ranks_per_node: int) -> Schedule:
     """Up a tree inside each node, around a ring of the nodes' first ranks, and down the trees again."""
     ranks, ranks_per_node = whole_number(ranks, "ranks"), whole_number(ranks_per_node, "ranks_per_node")
     everyone = np.arange(ranks)
-    leaders = _fixed(everyone[::ranks_per_node].copy())
-    right, between = _fixed(np.roll(leaders, -1)), ring(len(leaders))
+    leaders = everyone[::ranks_per_node]
+    right, between = np.roll(leaders, -1), ring(len(leaders))
     up = list(_binomial(everyone, everyone % ranks_per_node, between.chunks))
     around = [Step(leaders, right, step.chunk, step.count, step.reduce) for step in between.steps]
     return Schedule("hierarchical", ranks, between.chunks, (*up, *around, *map(_reversed, reversed(up))))
 
 
+# Those that need to know the number of ranks only.
 ALGORITHMS: dict[str, Callable[[int], Schedule]] = {
-    "naive": naive,
-    "tree": tree,
-    "ring": ring,
-    "recursive_doubling": recursive_doubling,
-    "rabenseifner": rabenseifner,
-}  # those that need to know the number of ranks only
+    make.__name__: make for make in (naive, tree, ring, recursive_doubling, rabenseifner)
+}
 
 
 def _binomial(ranks: np.ndarray, place: np.ndarray, chunks: int) -> Iterator[Step]:
@@ -118,9 +115,4 @@ def _reversed(step: Step) -> Step:
 
 def _step(source, destination, chunk, count, reduce: bool) -> Step:
     columns = np.broadcast_arrays(np.atleast_1d(source), destination, chunk, count, reduce)
-    return Step(*(_fixed(column.copy()) for column in columns))
-
-
-def _fixed(array: np.ndarray) -> np.ndarray:
-    array.flags.writeable = False
-    return array
+    return Step(*(column.copy() for column in columns))

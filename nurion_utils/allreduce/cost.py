@@ -32,17 +32,11 @@ class Link:
 
     @classmethod
     def of(cls, site: Site, gamma_s_per_byte: float = 0.0) -> Link:
-        """The links of the site's fabric: alpha from the latency of a message, beta from the rate of a link.
-
-        Raises
-        ------
-        SiteError
-            The site's description has no fabric, or lacks one of the two figures.
-        """
+        """The links of the site's fabric: alpha from the latency of a message, beta from the rate of a link."""
         from nurion_utils.sites import SiteError
 
         fabric = site.fabric
-        if fabric is None or fabric.latency_us is None or fabric.link_gb_per_s is None:
+        if not (fabric and fabric.latency_us and fabric.link_gb_per_s):
             raise SiteError(
                 f"the site {site.name!r} does not give latency_us and link_gb_per_s of a fabric: take a site that "
                 "does, such as 'nurion', or a Link of your own figures"
@@ -53,15 +47,8 @@ class Link:
 def time(schedule: Schedule, size_bytes: float, link: Link) -> float:
     """Seconds on links that nobody shares: the sum over all steps of the slowest transfer in each.
 
-    The alpha-beta-gamma model (Thakur, Rabenseifner, Gropp 2005); reduces after receiving, and cuts the array into
-    equal chunks.
-
-    Parameters
-    ----------
-    size_bytes
-        Size of the array.
-    link
-        What a message costs, such as ``Link.of(sites.load("nurion"))``.
+    The alpha-beta-gamma model (Thakur, Rabenseifner, Gropp 2005); reduces after receiving, and cuts the array of
+    `size_bytes` into equal chunks.
     """
     n = number(size_bytes, "size_bytes", least=0)
     if not isinstance(link, Link):
@@ -87,9 +74,7 @@ def fit(table: pd.DataFrame, contenders: Mapping[str, Schedule | None]) -> dict[
     links = {}
     for name, schedule in contenders.items():
         rows = table[table["contender"] == name]
-        if "ranks" in table and schedule is not None:
-            rows = rows[rows["ranks"] == schedule.ranks]
-        elif "ranks" in table and rows["ranks"].nunique() > 1:
+        if "ranks" in table and rows["ranks"].nunique() > 1:
             raise ValueError(f"the rows of {name!r} are of several numbers of ranks; choose those of one")
         times = rows.groupby("size_bytes")["time_s"].median()
         if len(times) < 2:

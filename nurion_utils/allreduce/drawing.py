@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import tempfile
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,10 +17,7 @@ from matplotlib.patches import FancyArrowPatch, Patch
 from nurion_utils import style
 from nurion_utils._checks import require_columns
 from nurion_utils.allreduce.checking import walk
-from nurion_utils.allreduce.schedule import Schedule, Step
-
-if TYPE_CHECKING:
-    import pandas as pd
+from nurion_utils.allreduce.schedule import Schedule
 
 MOST_RANKS = 16  # more do not fit a page
 MOST_PANELS = 30
@@ -42,8 +41,8 @@ def draw(schedule: Schedule) -> Figure:
     for axis in axes.flat[len(states) :]:
         axis.axis("off")
     for i, (axis, held) in enumerate(zip(axes.flat, states, strict=False)):
-        _panel(axis, schedule, held, schedule.steps[i - 1] if i else None)
-        axis.set_title(f"after step {i - 1}" if i else "before", fontsize=9)
+        _panel(axis, schedule, i, held)
+        axis.title.set_size(9)
         if i % columns == 0:
             axis.set_ylabel("rank", fontsize=8)
         axis.set_xlabel("chunk", fontsize=8)
@@ -55,9 +54,6 @@ class Animation(FuncAnimation):
     """An animation that notebooks and pages show as an animated PNG, which needs no script."""
 
     def _repr_png_(self) -> bytes:
-        import tempfile
-        from pathlib import Path
-
         with tempfile.TemporaryDirectory() as directory:
             self.save(Path(directory) / "frames.png", writer="pillow", fps=1)
             return (Path(directory) / "frames.png").read_bytes()
@@ -71,8 +67,8 @@ def animate(schedule: Schedule) -> Animation:
 
     def frame(i: int) -> None:
         axis.clear()
-        _panel(axis, schedule, states[i], schedule.steps[i - 1] if i else None)
-        axis.set_title(f"{schedule.name}, after step {i - 1}" if i else f"{schedule.name}, before", fontsize=10)
+        _panel(axis, schedule, i, states[i])
+        axis.set_title(f"{schedule.name}, {axis.get_title()}", fontsize=10)
         axis.set(xlabel="chunk", ylabel="rank")
 
     _legend(figure)
@@ -116,7 +112,8 @@ def _states(schedule: Schedule) -> list[np.ndarray]:
     return [np.array([[bits.bit_count() for bits in chunks] for chunks in held]) for held in walk(schedule)]
 
 
-def _panel(axis: Axes, schedule: Schedule, held: np.ndarray, step: Step | None) -> None:
+def _panel(axis: Axes, schedule: Schedule, number: int, held: np.ndarray) -> None:
+    axis.set_title(f"after step {number - 1}" if number else "before")
     axis.imshow(held, cmap="Greys", vmin=-schedule.ranks * 0.25, vmax=schedule.ranks * 2, aspect="auto")
     for (rank, chunk), n in np.ndenumerate(held):
         complete = n == schedule.ranks
@@ -126,7 +123,7 @@ def _panel(axis: Axes, schedule: Schedule, held: np.ndarray, step: Step | None) 
     axis.set_xlim(-0.5, schedule.chunks + 0.9)  # room for the arrows on the right
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    transfers = set(step or ())
+    transfers = set(schedule.steps[number - 1]) if number else set()
     for transfer in transfers:
         there_and_back = any(t[:2] == transfer[1::-1] for t in transfers)  # one arrow with two heads
         down = transfer.destination > transfer.source

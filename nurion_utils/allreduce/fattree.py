@@ -37,11 +37,10 @@ _LARGEST_OTHER_JOB = 512
 class FatTree:
     """Nodes on edge switches, and every edge switch on the same core switches, one link to each.
 
-    Every link carries its full bandwidth both ways at the same time. Links are numbered: first all links from a
-    node up to its switch, then those down to the nodes, the nodes' memories, the links from the edge switches up,
-    and those down to them; `link_name` says which is which. The route to a node is the same from everywhere: the core
-    switches are numbered by destination node (d-mod-k; Zahavi 2010), as real fabrics and SimGrid do, which spreads the
-    nodes of a switch over all its links.
+    Every link carries its full bandwidth both ways at the same time. Links are numbered: those from the nodes up, down
+    to the nodes, the nodes' memories, from the edge switches up, and down to them; `link_name` says which is which. The
+    core switch on the route to a node is numbered by that node alone (d-mod-k; Zahavi 2010), as in real fabrics and
+    SimGrid, which spreads the nodes of a switch over all its links.
 
     Parameters
     ----------
@@ -80,7 +79,7 @@ class FatTree:
         from nurion_utils.sites import SiteError
 
         fabric, memory = site.fabric, site.node.fast_memory_gb_per_s
-        if fabric is None or fabric.topology != "fat tree" or not (fabric.edge_down and fabric.edge_up and memory):
+        if not (fabric and fabric.topology == "fat tree" and fabric.edge_down and fabric.edge_up and memory):
             raise SiteError(
                 f"the site {site.name!r} does not describe a fat tree (edge_down, edge_up) between nodes with fast "
                 "memory: take one that does, such as 'nurion', or make a FatTree of your own figures"
@@ -98,7 +97,6 @@ class FatTree:
         """What a byte costs on each link."""
         cost = np.full(3 * self.nodes + 2 * self.edges * self.edge_up, float(self.link.beta_s_per_byte))
         cost[2 * self.nodes : 3 * self.nodes] = self.memory_beta_s_per_byte
-        cost.flags.writeable = False
         return cost
 
     def paths(self, source: np.ndarray, destination: np.ndarray) -> np.ndarray:
@@ -166,16 +164,9 @@ def simulate(
     """Send every step of a schedule through a fat tree in which its transfers share links.
 
     A step takes the link's alpha, then until its last transfer has arrived and been reduced. Transfers share links
-    fairly; where none is shared, the sum over all steps is ``time(schedule, size_bytes, fabric.link)``.
-
-    Parameters
-    ----------
-    size_bytes
-        Size of the array, which is cut into equal chunks.
-    fabric
-        The nodes and their links.
-    placement
-        The node of each rank, from `FatTree.in_order` (the default), `random`, `scheduled`, or of your own making.
+    fairly; where none is shared, the sum over all steps is ``time(schedule, size_bytes, fabric.link)``. The array of
+    `size_bytes` is cut into equal chunks. `placement` has the node of each rank: from `FatTree.in_order` (the default),
+    `random`, `scheduled`, or of your own making.
 
     Returns
     -------
@@ -205,8 +196,7 @@ def simulate(
             _require_simple(number_of_step, step, schedule.ranks)
             kinds[key] = _simulate_step(step, chunk_bytes, fabric, nodes)
         rows.append((number_of_step, *kinds[key]))
-    types = {"step": int, "time_s": float, "busiest_link": object, "flows": int}
-    return pd.DataFrame(rows, columns=list(types)).astype(types)
+    return pd.DataFrame(rows, columns=["step", "time_s", "busiest_link", "flows"])
 
 
 def _simulate_step(step: Step, chunk_bytes: float, fabric: FatTree, nodes: np.ndarray) -> tuple[float, str, int]:
@@ -234,11 +224,9 @@ def _nodes(ranks: int, fabric: FatTree, placement: np.ndarray | None) -> np.ndar
             f"a placement must have one whole number for each of the {ranks} ranks, the number of its node, not "
             f"an array of shape {nodes.shape} and type {nodes.dtype}"
         )
-    if not 0 <= nodes.min() <= nodes.max() < fabric.nodes:
-        wrong = int(np.flatnonzero((nodes < 0) | (nodes >= fabric.nodes))[0])
-        raise ValueError(
-            f"the placement puts rank {wrong} on node {nodes[wrong]}, but the nodes are 0 to {fabric.nodes - 1}"
-        )
+    wrong, last = np.flatnonzero((nodes < 0) | (nodes >= fabric.nodes)), fabric.nodes - 1
+    if len(wrong):
+        raise ValueError(f"the placement puts rank {wrong[0]} on node {nodes[wrong[0]]}, but the nodes are 0 to {last}")
     return nodes.astype(int)
 
 

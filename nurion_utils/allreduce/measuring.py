@@ -1,7 +1,4 @@
-"""Measure schedules against each other and against MPI's own allreduce, on ranks of one machine or in a network lab.
-
-The contenders take turns; `fit` and `predict` make costs of the times.
-"""
+"""Measure schedules against each other and against MPI's own allreduce, on ranks of one machine or in a network lab."""
 
 from __future__ import annotations
 
@@ -42,8 +39,6 @@ def measure_allreduce(
         Schedules by name; None stands for MPI's own Allreduce, in place as well. They take turns in each repeat.
     sizes_bytes
         Lengths of the array, multiples of 4.
-    repeats
-        Blocks of each contender and size.
 
     Returns
     -------
@@ -86,12 +81,13 @@ def _require(contenders: Any, n_ranks: int, sizes_bytes: Any, repeats: Any) -> N
     if not isinstance(contenders, Mapping) or not contenders:
         raise ValueError('contenders are a dictionary such as {"ring": allreduce.ring(4), "native": None}')
     for name, schedule in contenders.items():
-        if not isinstance(schedule, Schedule | None):
+        if schedule is None:
+            continue
+        if not isinstance(schedule, Schedule):
             raise ValueError(f"contender {name!r} must be a schedule, or None for MPI's own, not {schedule!r}")
-        if schedule is not None and schedule.ranks != n_ranks:
+        if schedule.ranks != n_ranks:
             raise ValueError(f"contender {name!r} is for {schedule.ranks} ranks, and there are {n_ranks}")
-        if schedule is not None:
-            check(schedule)
+        check(schedule)
     if isinstance(sizes_bytes, str) or not isinstance(sizes_bytes, Sequence) or not len(sizes_bytes):
         raise ValueError(f"sizes_bytes must be a list of lengths in bytes, not {sizes_bytes!r}")
     for each in sizes_bytes:

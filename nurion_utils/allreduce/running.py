@@ -76,9 +76,8 @@ def _moves(schedule: Schedule, rank: int, n: int) -> tuple[list[tuple], int]:
     moves = []
     for a in schedule.actions(rank):
         s0, s1, r0, r1 = (bounds[chunk] for chunk in (*a.send, *a.receive))
-        peers = [MPI.PROC_NULL if peer is None else peer for peer in (a.send_to, a.receive_from)]
-        apart = a.reduce or (s0 < r1 and r0 < s1)
-        moves.append((a.step, peers[0], s0, s1, peers[1], r0, r1, a.reduce, apart))
+        to, source = (MPI.PROC_NULL if peer is None else peer for peer in (a.send_to, a.receive_from))
+        moves.append((a.step, to, s0, s1, source, r0, r1, a.reduce, a.reduce or (s0 < r1 and r0 < s1)))
     return moves, max((r1 - r0 for *_, r0, r1, _, apart in moves if apart), default=0)
 
 
@@ -87,9 +86,7 @@ def agree(comm: MPI.Comm, schedule: Schedule, array: np.ndarray, op: str, trace:
 
     One native allreduce of 16 bytes, the only message beside those of the schedule.
     """
-    problem = _problem(comm, schedule, array, op)
-    if not (problem or trace is None or isinstance(trace, list)):
-        problem = f"trace must be a list, or None, not {trace!r}"
+    problem = _problem(comm, schedule, array, op, trace)
     mine = _PROBLEM if problem else _same_for_all(schedule, array.size, array.dtype, op)
     least = np.empty_like(mine)
     comm.Allreduce([mine, MPI.INT64_T], [least, MPI.INT64_T], MPI.MIN)
@@ -106,7 +103,7 @@ def _same_for_all(schedule: Schedule, n: int, dtype: np.dtype, op: str) -> np.nd
     return np.array([number, -number])
 
 
-def _problem(comm: MPI.Comm, schedule: Schedule, array: Any, op: Any) -> str:
+def _problem(comm: MPI.Comm, schedule: Schedule, array: Any, op: Any, trace: Any) -> str:
     """What is wrong with this rank's own arguments, in words."""
     if not isinstance(schedule, Schedule):
         return f"a schedule is needed, such as allreduce.ring({comm.size}), not {schedule!r}"
@@ -128,13 +125,12 @@ def _problem(comm: MPI.Comm, schedule: Schedule, array: Any, op: Any) -> str:
         check(schedule)
     except ValueError as error:
         return f"{schedule!r} is broken: {error}"
-    return ""
+    return "" if trace is None or isinstance(trace, list) else f"trace must be a list, or None, not {trace!r}"
 
 
 def _explain(comm: MPI.Comm, problem: str, schedule: Schedule, array: Any, op: Any) -> str:
     """The same words on all ranks, about those that are to blame."""
-    mine = (problem, "" if problem else f"{array.size} x {array.dtype}, {op}, {schedule!r}")
-    everyone = comm.allgather(mine)
+    everyone = comm.allgather((problem, "" if problem else f"{array.size} x {array.dtype}, {op}, {schedule!r}"))
     if problems := [f"rank {rank}: {what}" for rank, (what, _) in enumerate(everyone) if what]:
         return "allreduce refused on all ranks, because of " + "; ".join(problems)
     brought = "; ".join(f"rank {rank}: {what}" for rank, (_, what) in enumerate(everyone))

@@ -69,12 +69,6 @@ class Step:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __eq__(self, other: object) -> bool:
-        return sorted(self) == sorted(other) if isinstance(other, Step) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(tuple(sorted(self)))
-
     def __str__(self) -> str:
         shown = []
         for t in self:
@@ -122,9 +116,7 @@ class Schedule:
             raise TypeError(f"steps must be made with Step.of([Transfer(...), ...]), not {wrong[0]!r}")
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Schedule):
-            return NotImplemented
-        return self.fingerprint == other.fingerprint
+        return isinstance(other, Schedule) and self.fingerprint == other.fingerprint
 
     def __hash__(self) -> int:
         return self.fingerprint
@@ -149,16 +141,7 @@ class Schedule:
 
     def actions(self, rank: int) -> tuple[Action, ...]:
         """What `rank` does, step by step; steps in which it has nothing to do are left out."""
-        if rank not in self._actions:
-            rank = whole_number(rank, "rank", least=0, most=self.ranks - 1)
-            self._actions[rank] = tuple(self._find_actions(rank))
-        return self._actions[rank]
-
-    @cached_property
-    def _actions(self) -> dict[int, tuple[Action, ...]]:
-        return {}
-
-    def _find_actions(self, rank: int) -> Iterator[Action]:
+        rank, actions = whole_number(rank, "rank", least=0, most=self.ranks - 1), []
         for number, step in enumerate(self.steps):
             sent, received = (np.flatnonzero(column == rank) for column in (step.source, step.destination))
             if len(sent) > 1 or len(received) > 1:
@@ -173,7 +156,8 @@ class Schedule:
                 action[3:5] = int(step.source[i]), (int(step.chunk[i]), int(step.chunk[i] + step.count[i]))
                 action[5] = bool(step.reduce[i])
             if len(sent) or len(received):
-                yield Action(*action)
+                actions.append(Action(*action))
+        return tuple(actions)
 
     def messages(self, rank: int) -> int:
         """How many messages `rank` sends; empty ones count, because they are sent too."""

@@ -1,6 +1,6 @@
 """The faster executor for ranks of one node: the same schedules over memory that all of them see.
 
-A message between two ranks of a node is copied into the MPI library's memory and out of it again.  Here the arrays
+A message between two ranks of a node is copied into the MPI library's memory and out of it again. Here the arrays
 themselves lie in a shared window, so that the receiver reads the sender's chunk where it is, and a step needs no
 message at all, only the knowledge that the chunk is ready.
 """
@@ -8,9 +8,8 @@ message at all, only the knowledge that the chunk is ready.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from functools import lru_cache
-from types import TracebackType
+from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -37,11 +36,6 @@ class SharedArray:
     dtype
         float16, float32, float64, int32 or int64.
 
-    Attributes
-    ----------
-    array : numpy.ndarray
-        This rank's own array, of shape (n,); fill it, call `allreduce`, read it.
-
     Raises
     ------
     ValueError
@@ -59,7 +53,7 @@ class SharedArray:
         apart = comm.allreduce(node.size, op=MPI.MIN) < comm.size
         node.Free()
         if apart:
-            raise ValueError("the ranks of a SharedArray must be on one node; use Schedule.run between nodes")
+            raise ValueError("the ranks of a SharedArray must be on one node; use allreduce.run between nodes")
         self._comm = comm.Dup()
         self._window = MPI.Win.Allocate_shared(_window_bytes(n, dtype), comm=self._comm)
         memory = [self._window.Shared_query(rank)[0] for rank in range(comm.size)]
@@ -73,47 +67,46 @@ class SharedArray:
 
     @property
     def array(self) -> np.ndarray:
-        """This rank's own array; write into it, as in ``shared.array[:] = values``."""
+        """This rank's own array, of shape (n,): ``shared.array[:] = values``, call `allreduce`, read it."""
         if self._arrays is None:
             raise ValueError("this SharedArray has been closed")
         return self._arrays[self._comm.rank]
 
     def allreduce(self, schedule: Schedule, op: str = "sum") -> None:
-        """Do what ``schedule.run(comm, array, op)`` does, with the same result to the last bit.
+        """Do what ``run(schedule, comm, array, op)`` does, with the same result to the last bit.
 
         A long array is taken in several passes, a stretch of every chunk in each, so that what one rank has just
         written is still in the cache when the next one reads it.
         """
         comm, own = self._comm, self.array
         agree(comm, schedule, own, op)
-        me, combine = comm.rank, OPERATIONS[op]
-        ready, read, wait = self._ready[me], self._read[me], self._wait
-        for moves in _passes(schedule, me, own.size, STRETCH_BYTES // own.itemsize):
-            base = self._base
-            for step, source, pieces, reduce, apart, readers in moves:
-                self._window.Sync()  # what was written is there before the counter says so
-                ready[0] = base + step
-                if source is not None:
-                    wait(self._ready[source], base + step)
-                    theirs = [self._arrays[source][piece] for piece in pieces]
+        ready, read, wait, combine = self._ready[comm.rank], self._read[comm.rank], self._wait, OPERATIONS[op]
+        passes, last_readers = _passes(schedule, comm.rank, own.size, STRETCH_BYTES // own.itemsize)
+        with np.errstate(all="ignore"):  # see running.run
+            for moves in passes:
+                base = self._base
+                for step, source, pieces, reduce, apart, readers in moves:
+                    self._window.Sync()  # what was written is there before the counter says so
+                    ready[0] = base + step
+                    pairs = []
+                    if source is not None:
+                        wait(self._ready[source], base + step)
+                        pairs = [(own[piece], self._arrays[source][piece]) for piece in pieces]
                     if apart:
-                        theirs = [values.copy() for values in theirs]
+                        pairs = [(mine, theirs.copy()) for mine, theirs in pairs]
                         read[0] = base + step + 1
-                for reader, their_step in readers:  # who must have read what is about to be overwritten
-                    wait(self._read[reader], base + their_step + 1)
-                if source is not None:
-                    for piece, values in zip(pieces, theirs, strict=True):
-                        mine = own[piece]
+                    for reader, their_step in readers:  # who must have read what is about to be overwritten
+                        wait(self._read[reader], base + their_step + 1)
+                    for mine, theirs in pairs:
                         if reduce:
-                            with np.errstate(all="ignore"):  # see running.run
-                                combine(mine, values, mine)
+                            combine(mine, theirs, mine)
                         else:
-                            mine[:] = values
-                self._window.Sync()
-                read[0] = base + step + 1
-            self._base += len(schedule.steps)
-            ready[0] = read[0] = self._base
-        for reader, step in _last_readers(schedule, me):  # then the caller may write again
+                            mine[:] = theirs
+                    self._window.Sync()
+                    read[0] = base + step + 1
+                self._base += len(schedule.steps)
+                ready[0] = read[0] = self._base
+        for reader, step in last_readers:  # then the caller may write again
             wait(self._read[reader], base + step + 1)
         if op == "mean":
             own /= comm.size
@@ -127,7 +120,7 @@ class SharedArray:
         self._window.Sync()
 
     def close(self) -> None:
-        """Give the memory back; all ranks together.  The arrays must not be used any more."""
+        """Give the memory back; all ranks together. The arrays must not be used any more."""
         if self._arrays is None:
             return
         self._arrays = self._ready = self._read = None
@@ -138,10 +131,8 @@ class SharedArray:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:  # otherwise the other ranks may never come to close it together
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:  # otherwise the other ranks may never come to close it together
             self.close()
 
 
@@ -155,35 +146,28 @@ class _Move(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _passes(schedule: Schedule, rank: int, n: int, at_once: int) -> list[list[_Move]]:
-    """What `rank` does with an array of n elements, in passes over `at_once` or a little more of each chunk's."""
-    passes = max(1, n // (schedule.chunks * at_once))
-    return [list(_moves(schedule, rank, n, number, passes)) for number in range(passes)]
+def _passes(schedule: Schedule, rank: int, n: int, at_once: int) -> tuple[list[list[_Move]], list[tuple[int, int]]]:
+    """What `rank` does with an array of n elements, in passes over `at_once` or a little more of each chunk's.
 
-
-def _moves(schedule: Schedule, rank: int, n: int, number: int, passes: int) -> Iterator[_Move]:
-    """Pass `number` of `passes` takes that part of every chunk, so that each element is in the chunk it belongs to."""
-    chunks = schedule.chunks
-    bounds = [c * n // chunks for c in range(chunks + 1)]
-    lengths = [bounds[c + 1] - bounds[c] for c in range(chunks)]
-    stretches = [
-        slice(bounds[c] + number * lengths[c] // passes, bounds[c] + (number + 1) * lengths[c] // passes)
-        for c in range(chunks)
-    ]
+    A pass takes its part of every chunk, so that each element is in the chunk it belongs to. Returns as well who reads
+    from this rank, and in which step for the last time.
+    """
+    bounds = [c * n // schedule.chunks for c in range(schedule.chunks + 1)]
+    passes: list[list[_Move]] = [[] for _ in range(max(1, n // (schedule.chunks * at_once)))]
+    cuts = [[a + k * (b - a) // len(passes) for k in range(len(passes) + 1)] for a, b in pairwise(bounds)]
     sent = []
     for a in schedule.actions(rank):
         if a.send_to is not None:
             sent.append((a.send_to, a.step, *a.send))
         r0, r1 = a.receive
         readers = {reader: step for reader, step, s0, s1 in sent if s0 < r1 and r0 < s1}
-        # chunks that follow one another are one piece if there is one pass only
-        pieces = [slice(bounds[r0], bounds[r1])] if passes == 1 else stretches[r0:r1]
-        yield _Move(a.step, a.receive_from, pieces, a.reduce, a.step in readers.values(), list(readers.items()))
-
-
-@lru_cache(maxsize=64)
-def _last_readers(schedule: Schedule, rank: int) -> list[tuple[int, int]]:
-    return list({a.send_to: a.step for a in schedule.actions(rank) if a.send_to is not None}.items())
+        for k, moves in enumerate(passes):
+            pieces = [slice(*cuts[c][k : k + 2]) for c in range(r0, r1)]
+            if len(passes) == 1:  # then chunks that follow one another are one piece
+                pieces = [slice(bounds[r0], bounds[r1])]
+            apart = a.step in readers.values()
+            moves.append(_Move(a.step, a.receive_from, pieces, a.reduce, apart, list(readers.items())))
+    return passes, list({reader: step for reader, step, *_ in sent}.items())
 
 
 def _window_bytes(n: int, dtype: Any) -> int:

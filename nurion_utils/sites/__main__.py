@@ -23,12 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     table = site.table().astype(str)
-    widths = {column: max(len(column), table[column].str.len().max()) for column in table.columns}
-    print(site.title)
-    for row in [{column: column for column in table}, *table.to_dict("records")]:
-        print("  ".join(text.ljust(widths[column]) for column, text in row.items()).rstrip())
-    for key, title in site.sources.items():
-        print(f"{key}: {title}")
+    rows = [table.columns, *table.to_numpy()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    print(site.title, *lines, *(f"{key}: {title}" for key, title in site.sources.items()), sep="\n")
     return 0
 
 

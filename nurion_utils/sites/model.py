@@ -47,7 +47,11 @@ _MEASURED = {
 }
 
 
-class Figure(BaseModel):
+class _Checked(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Figure(_Checked):
     """One figure and where it comes from.
 
     ``status`` is ``read`` (in the source named), ``remembered`` (to be checked before anything depends on
@@ -55,16 +59,14 @@ class Figure(BaseModel):
     ``chosen`` (a limit that is set, not found).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     value: int | float | str | list[str]
     status: Literal["read", "remembered", "derived", "measured", "chosen"]
     source: str = Field(min_length=1)
 
 
-class Part(BaseModel):
+class Part(_Checked):
     """A part of a machine: plain numbers as attributes, their provenance in ``figures``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     figures: dict[str, Figure]
 
     @model_validator(mode="before")
@@ -197,10 +199,9 @@ class Ranks(Part):
     max_ranks: int = Field(gt=0)
 
 
-class Site(BaseModel):
+class Site(_Checked):
     """A machine; see the module's docstring. ``partitions`` lists the one most jobs use first."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: str
     title: str
     sources: dict[str, str] = {}
@@ -234,15 +235,11 @@ class Site(BaseModel):
         """All figures: columns figure, value, unit, status, source."""
         import pandas as pd
 
-        rows = [
-            {
-                "figure": f"{name}.{key}",
-                "value": ", ".join(figure.value) if isinstance(figure.value, list) else figure.value,
-                "unit": next((unit for suffix, unit in _UNITS.items() if key.endswith(suffix)), ""),
-                "status": figure.status,
-                "source": figure.source,
-            }
-            for name, part in self.parts()
-            for key, figure in part.figures.items()
-        ]
-        return pd.DataFrame(rows, dtype=object)  # integers stay integers beside other values
+        rows = []
+        for name, part in self.parts():
+            for key, figure in part.figures.items():
+                value = ", ".join(figure.value) if isinstance(figure.value, list) else figure.value
+                unit = next((unit for suffix, unit in _UNITS.items() if key.endswith(suffix)), "")
+                rows.append((f"{name}.{key}", value, unit, figure.status, figure.source))
+        columns = ["figure", "value", "unit", "status", "source"]
+        return pd.DataFrame(rows, columns=columns, dtype=object)  # integers stay integers beside other values

@@ -10,7 +10,7 @@ are hypotheses: a model and the settings under which it ends where the real runs
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ SAMPLE_BYTES = 8 * 10**6
 COMPUTE_S = 0.129
 NODE_MB_PER_S = 62.0
 SAMPLES_PER_FILE = 64  # remembered
+TARGETS = 64  # of Cori's Lustre, that the data lay on; remembered, not published in what we have
 EPOCH_SAMPLES = 2**18
 STEPS = 12  # simulated where an epoch has more; they differ little
 # Nurion's test: 512 nodes, ImageNet-11k. That a KNL node trains about 60 images/s is remembered.
@@ -83,25 +84,22 @@ def _require_whole_files(system: ParallelFileSystem) -> None:
         )
 
 
-def cori(targets: int = 64) -> dict[str, ParallelFileSystem]:
+def cori() -> dict[str, ParallelFileSystem]:
     """Cori's Lustre with data on all its targets and on some, new and as measured later, and its burst buffer, by name.
 
-    That CosmoFlow's data lay on 64 targets is remembered, not published in what we have. As a file has many samples,
-    each of which is a read here, the metadata servers answer for so many more of them.
+    As a file has many samples, each of which is a read here, the metadata servers answer for so many more of them.
     """
-    lustre, buffer = (ParallelFileSystem.of_site("cori", name) for name in ("scratch", "burst_buffer"))
-    lustre, buffer = (
-        replace(system, metadata_ops_per_s=system.metadata_ops_per_s * SAMPLES_PER_FILE) for system in (lustre, buffer)
-    )
+    lustre = ParallelFileSystem.of_site("cori")
     measured_gb_per_s = sites.load("cori").file_systems["scratch"].bandwidth_measured_gb_per_s
     measured = replace(lustre, target_mb_per_s=measured_gb_per_s * 1e3 / lustre.targets)
-    return {
-        f"Lustre, {lustre.targets} targets": lustre,
-        f"Lustre, {lustre.targets} targets as measured": measured,
-        f"Lustre, {targets} targets": replace(lustre, targets=targets),
-        f"Lustre, {targets} targets as measured": replace(measured, targets=targets),
-        "burst buffer": buffer,
+    systems = {
+        f"Lustre, {targets} targets{words}": replace(system, targets=targets)
+        for targets in (lustre.targets, TARGETS)
+        for words, system in {"": lustre, " as measured": measured}.items()
     }
+    systems["burst buffer"] = ParallelFileSystem.of_site("cori", "burst_buffer")
+    opens = {name: system.metadata_ops_per_s * SAMPLES_PER_FILE for name, system in systems.items()}
+    return {name: replace(system, metadata_ops_per_s=opens[name]) for name, system in systems.items()}
 
 
 def scaling(systems: Mapping[str, ParallelFileSystem], nodes: Sequence[int]) -> pd.DataFrame:
@@ -115,16 +113,23 @@ def scaling(systems: Mapping[str, ParallelFileSystem], nodes: Sequence[int]) -> 
         One row per file system and number of nodes: storage, nodes, step_s (not a number if a read timed out),
         epoch_s, efficiency (the part of a step that computes), demand_over_peak (of the bandwidth, without waiting).
     """
-    import pandas as pd
-
-    pairs = list(product(systems, nodes))
-    table = pd.DataFrame(pairs, columns=["storage", "nodes"])
-    table["step_s"] = [_step_s(systems[name], n) for name, n in pairs]
+    table = _combinations(storage=systems, nodes=nodes)
+    table["step_s"] = [_step_s(systems[row.storage], row.nodes) for row in table.itertuples()]
     table["epoch_s"] = EPOCH_SAMPLES / table["nodes"] * table["step_s"]
     table["efficiency"] = COMPUTE_S / table["step_s"]
-    peak_gb_per_s = table["storage"].map({name: system.bandwidth_gb_per_s for name, system in systems.items()})
-    table["demand_over_peak"] = table["nodes"] * SAMPLE_BYTES / COMPUTE_S / 1e9 / peak_gb_per_s
+    table["demand_over_peak"] = table["nodes"] * SAMPLE_BYTES / COMPUTE_S / 1e9 / _peak_gb_per_s(table, systems)
     return table
+
+
+def _combinations(**columns: Iterable) -> pd.DataFrame:
+    """A row for each combination of these values."""
+    import pandas as pd
+
+    return pd.DataFrame(list(product(*columns.values())), columns=list(columns))
+
+
+def _peak_gb_per_s(table: pd.DataFrame, systems: Mapping[str, ParallelFileSystem]) -> pd.Series:
+    return table["storage"].map({name: system.bandwidth_gb_per_s for name, system in systems.items()})
 
 
 def _step_s(system: ParallelFileSystem, nodes: int) -> float:
@@ -154,17 +159,11 @@ def batch_sweep(
     nodes: int = NODES,
     activations_mb: float = ACTIVATIONS_MB,
 ) -> pd.DataFrame:
-    """Nurion's test again: what becomes of a job whose nodes open a batch of images at once.
+    """Nurion's test again: what becomes of a job whose nodes open a batch of images (so many per node) at once.
 
     Each image is a file of its own and all nodes begin together: the worst that a loader can do. The real one's
-    format, its depth and the reason for its end are not published.
-
-    Parameters
-    ----------
-    batches
-        Images per node.
-    activations_mb
-        Memory that one image takes on a node; what a node has is Nurion's in cache mode.
+    format, its depth and the reason for its end are not published. One image takes `activations_mb` of a node's
+    memory; what a node has is Nurion's in cache mode.
 
     Returns
     -------
@@ -172,19 +171,18 @@ def batch_sweep(
         One row per file system and batch: storage, batch_per_node, demand_gb_per_s (on average), demand_over_peak,
         burst_files, outcome ("runs", "read timed out", "out of memory").
     """
-    import pandas as pd
+    most = sites.load("nurion").node.memory_usable_gb * 1e3 / positive(activations_mb, "activations_mb")
 
-    memory_gb = sites.load("nurion").node.memory_usable_gb
-    positive(activations_mb, "activations_mb")
-    demand_gb_per_s, rows = nodes * IMAGES_PER_S * IMAGE_BYTES / 1e9, []
-    for (name, system), batch in product(systems.items(), batches):
-        failed = simulate(system, Workload(nodes, 1, batch, IMAGE_BYTES, batch / IMAGES_PER_S))["failed"].any()
-        too_large = batch * activations_mb / 1e3 > memory_gb
-        outcome = "out of memory" if too_large else "read timed out" if failed else "runs"
-        over_peak = demand_gb_per_s / system.bandwidth_gb_per_s
-        rows.append((name, batch, demand_gb_per_s, over_peak, nodes * batch, outcome))
-    columns = ["storage", "batch_per_node", "demand_gb_per_s", "demand_over_peak", "burst_files", "outcome"]
-    return pd.DataFrame(rows, columns=columns)
+    def outcome(name: str, batch: int) -> str:
+        epoch = simulate(systems[name], Workload(nodes, 1, batch, IMAGE_BYTES, batch / IMAGES_PER_S))
+        return "out of memory" if batch > most else "read timed out" if epoch["failed"].any() else "runs"
+
+    table = _combinations(storage=systems, batch_per_node=batches)
+    table["demand_gb_per_s"] = nodes * IMAGES_PER_S * IMAGE_BYTES / 1e9
+    table["demand_over_peak"] = table["demand_gb_per_s"] / _peak_gb_per_s(table, systems)
+    table["burst_files"] = nodes * table["batch_per_node"]
+    table["outcome"] = [outcome(row.storage, row.batch_per_node) for row in table.itertuples()]
+    return table
 
 
 def timeout_map(
@@ -195,19 +193,11 @@ def timeout_map(
     fails_at: int = 256,
     nodes: int = NODES,
 ) -> pd.DataFrame:
-    """Which settings let a job live at one batch per node and die at the next: a band, and how wide it is.
+    """Which settings let a job live at `runs_at` images per node and die at `fails_at`: a band, and how wide it is.
 
-    The last of n files that are opened together has its turn after ``(n - 1) / metadata_ops_per_s`` seconds, and times
-    out if that is more than the timeout. Targets are left out: at 92 KB a file they are faster than the opens.
-
-    Parameters
-    ----------
-    depths
-        Batches that each node opens at once.
-    metadata_ops_per_s, timeouts_s
-        Files opened a second, and seconds after which a reader gives up.
-    runs_at, fails_at
-        The two batches, in images per node, the smaller first.
+    Each node opens `depths` batches at once. The last of n files that are opened together has its turn after
+    ``(n - 1) / metadata_ops_per_s`` seconds, and times out if that is more than the timeout. Targets are left out: at
+    92 KB a file they are faster than the opens.
 
     Returns
     -------
@@ -215,15 +205,12 @@ def timeout_map(
         One row per combination: burst_depth, metadata_ops_per_s, timeout_s, wait_runs_s, wait_fails_s (of the last
         file at the two batches), outcome ("both run", "the larger fails", "both fail").
     """
-    import pandas as pd
-
     if not runs_at < fails_at:
         raise ValueError(f"runs_at must be the smaller of the two batches, not {runs_at} beside {fails_at}")
-    columns = ["burst_depth", "metadata_ops_per_s", "timeout_s"]
-    table = pd.DataFrame(list(product(depths, metadata_ops_per_s, timeouts_s)), columns=columns)
+    table = _combinations(burst_depth=depths, metadata_ops_per_s=metadata_ops_per_s, timeout_s=timeouts_s)
     for name, batch in {"wait_runs_s": runs_at, "wait_fails_s": fails_at}.items():
         table[name] = (table["burst_depth"] * batch * nodes - 1) / table["metadata_ops_per_s"]
-    failures = (table[["wait_runs_s", "wait_fails_s"]].gt(table["timeout_s"], axis=0)).sum(axis=1)
+    failures = table[["wait_runs_s", "wait_fails_s"]].gt(table["timeout_s"], axis=0).sum(axis=1)
     table["outcome"] = failures.map({0: "both run", 1: "the larger fails", 2: "both fail"})
     return table
 
@@ -239,26 +226,17 @@ def break_even_epochs(stage_s: float, epoch_slow_s: float, epoch_fast_s: float) 
 def break_even(
     slow: ParallelFileSystem, fast: ParallelFileSystem, nodes: Sequence[int], data_tb: Sequence[float]
 ) -> pd.DataFrame:
-    """Whether to stage data of several sizes from `slow` to `fast`, on several numbers of nodes.
+    """Whether to stage data of several sizes (10^12 bytes) from `slow` to `fast` for CosmoFlow on so many nodes.
 
     Staging goes at the smaller of the two bandwidths, which is the best case. It and the epochs grow with the data
     alike, so the number of epochs depends on the nodes alone.
-
-    Parameters
-    ----------
-    slow, fast
-        Where the data are, and where they could be copied to.
-    nodes, data_tb
-        Numbers of nodes that train CosmoFlow, and sizes of the data in 10^12 bytes.
 
     Returns
     -------
     pandas.DataFrame
         One row per number of nodes and size: nodes, data_tb, stage_s, epoch_slow_s, epoch_fast_s, epochs (to pay).
     """
-    import pandas as pd
-
-    table = pd.DataFrame(list(product(nodes, data_tb)), columns=["nodes", "data_tb"])
+    table = _combinations(nodes=nodes, data_tb=data_tb)
     table["stage_s"] = table["data_tb"] * 1e3 / min(slow.bandwidth_gb_per_s, fast.bandwidth_gb_per_s)
     for name, system in {"epoch_slow_s": slow, "epoch_fast_s": fast}.items():
         step_s = table["nodes"].map({n: _step_s(replace(system, timeout_s=math.inf), n) for n in nodes})

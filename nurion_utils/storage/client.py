@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nurion_utils._checks import whole_number
 from nurion_utils.storage.model import METADATA, ParallelFileSystem
 
 PATIENCE_S = 30.0  # how much later than it can be an answer may be before the server counts as stuck
@@ -25,26 +24,19 @@ class EmulatorError(RuntimeError):
 class ReadTimeout(OSError):
     """EIO: which target did not answer, and within how many seconds."""
 
-    def __init__(self, target: int, message: str, path: str) -> None:
-        super().__init__(errno.EIO, message, path)
-        self.target = target
-
-    def __reduce__(self) -> tuple[type, tuple[int, str, str]]:
-        return ReadTimeout, (self.target, self.strerror, self.filename)
+    target: int
 
 
-class Range(NamedTuple):
-    """Bytes of a file, and the name by which the server knows it."""
+class File(NamedTuple):
+    """A file with the bytes that it has when it is asked for, and the name by which the server knows it."""
 
     name: str
     path: Path
-    offset: int
     length: int
 
     def read(self) -> bytes:
         """The bytes; OSError, which names the file, if some of them are gone."""
         with open(self.path, "rb") as file:
-            file.seek(self.offset)
             data = file.read(self.length)
         if len(data) < self.length:
             short = f"it became shorter while it was read: {len(data)} of {self.length} bytes were there"
@@ -75,15 +67,8 @@ class FileSystemClient:
             raise ValueError(f"{str(path)!r} leads out of the file system; name a file below {self._root}")
         return full
 
-    def read(self, path: str | os.PathLike[str], offset: int = 0, length: int | None = None) -> bytes:
-        """Open a file, wait for the targets that the bytes lie on, and read them.
-
-        Parameters
-        ----------
-        path
-            As in `path`.
-        offset, length
-            The first byte, and how many; by default all to the file's end, where reading ends in any case.
+    def read(self, path: str | os.PathLike[str]) -> bytes:
+        """Open a file, wait for the targets that it lies on, and read it.
 
         Raises
         ------
@@ -92,40 +77,39 @@ class FileSystemClient:
         EmulatorError
             The file system has ended.
         """
-        wanted = self.range(path, offset, length)
+        wanted = self.file(path)
         self.wait_for([wanted])
         return wanted.read()
 
     def wait(self, *paths: str | os.PathLike[str]) -> None:
         """Wait as for reading all of these files, opened together, without reading them; raises as `read` does."""
-        self.wait_for([self.range(path) for path in paths])
+        self.wait_for([self.file(path) for path in paths])
 
     def wait_until_idle(self) -> None:
         """Wait until all that has been asked for, by whichever client, is delivered."""
         self.ask({"idle": True})
 
-    def range(self, path: str | os.PathLike[str], offset: int = 0, length: int | None = None) -> Range:
-        """What `wait_for` takes; the arguments are those of `read`."""
+    def file(self, path: str | os.PathLike[str]) -> File:
+        """What `wait_for` takes."""
         full = self.path(path)
-        offset = whole_number(offset, "offset", least=0)
-        left = max(0, full.stat().st_size - offset)
-        length = left if length is None else min(left, whole_number(length, "length", least=0))
-        return Range(str(full.relative_to(self._root)), full, offset, length)
+        return File(str(full.relative_to(self._root)), full, full.stat().st_size)
 
-    def wait_for(self, ranges: Sequence[Range], job: str | None = None) -> int | None:
+    def wait_for(self, files: Sequence[File], job: str | None = None) -> int | None:
         """The target that took longest; None if the job that these reads are a part of has failed elsewhere."""
         system = self._system
-        work_s = sum(each.length for each in ranges) / system.target_mb_per_s / 1e6
-        patience_s = 2 * system.timeout_s + work_s + len(ranges) / system.metadata_ops_per_s + PATIENCE_S
-        files = [[each.name, system.shares(each.length, each.offset).tolist()] for each in ranges]
-        answer = self.ask({"read": files, "job": job}, None if math.isinf(patience_s) else patience_s)
+        work_s = sum(file.length for file in files) / system.target_mb_per_s / 1e6
+        patience_s = 2 * system.timeout_s + work_s + len(files) / system.metadata_ops_per_s + PATIENCE_S
+        request = {"read": [[file.name, system.shares(file.length).tolist()] for file in files], "job": job}
+        answer = self.ask(request, None if math.isinf(patience_s) else patience_s)
         if answer is None:
             return None
         target, failed = answer
         if failed is not None:
             who = "the metadata server" if target == METADATA else f"target {target}"
             late = f"{who} did not answer within {system.timeout_s:g} s (its queue was longer)"
-            raise ReadTimeout(target, late, str(self._root / failed))
+            error = ReadTimeout(errno.EIO, late, str(self._root / failed))
+            error.target = target
+            raise error
         return target
 
     def ask(self, request: dict[str, Any], patience_s: float | None = None) -> Any:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from nurion_utils._checks import require_columns
 from nurion_utils.storage.model import METADATA, ParallelFileSystem
 from nurion_utils.style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, VERMILION, legend_above, log2_axis
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
 
 # Told apart without colour too.
 LINES = [
@@ -33,37 +31,30 @@ BAND = {
     "both fail": {"fc": GREY, "hatch": "..", "ec": "white"},
 }
 MOST_REQUESTS = 3000
+MOST_ROWS = 40  # requests are drawn below each other, and begin again at the top after so many
 
 
-def queues(log: pd.DataFrame, most_rows: int = 40) -> Figure:
+def queues(log: pd.DataFrame) -> Figure:
     """Who waits where: a panel for each queue, in which each request waits (pale) and is then served (dark).
 
-    Parameters
-    ----------
-    log
-        Of `EmulatedFileSystem.log`, or the part of it that is of interest; up to 3,000 requests.
-    most_rows
-        Requests are drawn below each other, and begin again at the top after so many.
+    The log is that of `EmulatedFileSystem.log`, or the part of it that is of interest; up to 3,000 requests.
     """
     _require(log, ["target", "queued_s", "start_s", "end_s", "failed"])
     if len(log) > MOST_REQUESTS:
         raise ValueError(f"a drawing has room for {MOST_REQUESTS} requests, and this log has {len(log)}; choose some")
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
-
     targets, origin_s = sorted(log["target"].unique()), log["queued_s"].min()
     size = (8, 1.1 * len(targets) + 0.9)
     figure, axes = plt.subplots(len(targets), figsize=size, sharex=True, layout="constrained", squeeze=False)
     for axis, target in zip(axes.flat, targets, strict=True):
         rows = log[log["target"] == target]
-        y = np.arange(len(rows)) % most_rows
+        y = np.arange(len(rows)) % MOST_ROWS
         queued_s, end_s = rows["queued_s"] - origin_s, rows["end_s"] - origin_s
         start_s = (rows["start_s"] - origin_s).where(~rows["failed"], end_s)
         axis.barh(y, start_s - queued_s, left=queued_s, height=0.9, color="#CCCCCC")
         axis.barh(y, end_s - start_s, left=start_s, height=0.9, color=BLUE)
         failed = rows["failed"].to_numpy(bool)
         axis.plot(end_s[failed], y[failed], "x", color=VERMILION, ms=5)
-        axis.set(yticks=[], ylim=(min(most_rows, len(rows)) - 0.3, -0.7))
+        axis.set(yticks=[], ylim=(min(MOST_ROWS, len(rows)) - 0.3, -0.7))
         axis.set_ylabel("metadata" if target == METADATA else f"target {target}", rotation=0, ha="right", va="center")
     axes[-1, 0].set_xlabel("time, s")
     kinds = [Patch(fc="#CCCCCC", label="waits its turn"), Patch(fc=BLUE, label="is served")]
@@ -76,15 +67,10 @@ def queues(log: pd.DataFrame, most_rows: int = 40) -> Figure:
 def throughput(table: pd.DataFrame, system: ParallelFileSystem) -> Figure:
     """Throughput against readers, with the bandwidth of all targets together as the ceiling.
 
-    Parameters
-    ----------
-    table
-        Columns readers, throughput_gb_per_s, and kind (such as "measured" and "simulated"); several rows of one kind
-        with the same readers are shown as their median and range.
+    The table has the columns readers, throughput_gb_per_s, and kind (such as "measured" and "simulated"); several rows
+    of one kind with the same readers are shown as their median and range.
     """
     _require(table, ["readers", "throughput_gb_per_s", "kind"])
-    import matplotlib.pyplot as plt
-
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for (kind, rows), line in zip(table.groupby("kind", sort=False), LINES, strict=False):
         mb_per_s = rows.groupby("readers")["throughput_gb_per_s"].agg(["median", "min", "max"]) * 1e3
@@ -109,8 +95,6 @@ def epochs(table: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """
     _require(table, ["storage", "nodes", "step_s", "epoch_s"])
     _require(published, ["case", "storage", "nodes", "quantity", "value", "outcome"])
-    import matplotlib.pyplot as plt
-
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for (name, rows), line in zip(table.groupby("storage", sort=False), LINES, strict=False):
         axis.plot(rows["nodes"], rows["epoch_s"], label=f"{name} (simulated)", **line)
@@ -134,8 +118,6 @@ def batches(table: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """What becomes of each batch per node on each file system, of `cases.batch_sweep`, above what was published."""
     _require(table, ["storage", "batch_per_node", "outcome"])
     _require(published, ["case", "storage", "batch_per_node", "outcome"])
-    import matplotlib.pyplot as plt
-
     nurion = published[published["case"] == "ImageNet-11k"]
     lines = [(f"{name}, modelled", rows) for name, rows in table.groupby("storage", sort=False)]
     lines += [(f"{name}, published", rows) for name, rows in nurion.groupby("storage", sort=False)]
@@ -155,9 +137,6 @@ def batches(table: pd.DataFrame, published: pd.DataFrame) -> Figure:
 def timeouts(table: pd.DataFrame) -> Figure:
     """Of `cases.timeout_map`: a panel for each timeout, and in it the band of settings that tell two batches apart."""
     _require(table, ["burst_depth", "metadata_ops_per_s", "timeout_s", "outcome"])
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
-
     panels, size = table.groupby("timeout_s"), (3 * table["timeout_s"].nunique() + 1, 4)
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained", squeeze=False)
     for axis, (timeout_s, rows) in zip(axes.flat, panels, strict=True):
@@ -183,8 +162,6 @@ def break_even(table: pd.DataFrame, epochs: int = 10) -> Figure:
     The size is the largest in the table; the lines of another are the same but for the scale.
     """
     _require(table, ["nodes", "data_tb", "stage_s", "epoch_slow_s", "epoch_fast_s", "epochs"])
-    import matplotlib.pyplot as plt
-
     rows, at = table[table["data_tb"] == table["data_tb"].max()], np.array([0, epochs])
     size = (3.2 * len(rows), 3.6)
     figure, axes = plt.subplots(1, len(rows), figsize=size, sharey=True, layout="constrained", squeeze=False)

@@ -80,7 +80,7 @@ class EmulatedFileSystem:
 
     def client(self) -> FileSystemClient:
         """What reads from it."""
-        return FileSystemClient(*self._client.__reduce__()[1])
+        return self._client
 
     def place(self, targets: Mapping[str | os.PathLike[str], int]) -> None:
         """Say on which target the first stripe of each file lies, as ``lfs setstripe -i`` does when it makes one."""
@@ -97,12 +97,12 @@ class EmulatedFileSystem:
         -------
         pandas.DataFrame
             path, target (-1 for the metadata server), queued_s, start_s (not a number if it was dropped), end_s,
-            length_bytes, queue_length (others that it found there), failed; times are since the start.
+            length_bytes, failed; times are since the start.
         """
         import pandas as pd
 
         times = ["queued_s", "start_s", "end_s"]
-        columns = ["path", "target", *times, "length_bytes", "queue_length", "failed"]
+        columns = ["path", "target", *times, "length_bytes", "failed"]
         table = pd.DataFrame(self._client.ask({"log": True}), columns=columns)
         return table.astype(dict.fromkeys(times, float))
 
@@ -134,8 +134,8 @@ class EmulatedFileSystem:
                 self._client.ask({"end": job})  # of which threads learn that are still at work
             shutil.rmtree(self._directory, ignore_errors=True)
         table = pd.DataFrame(rows)
-        times = [name for name in table if name.endswith("_s")]
-        table[times] = table[times].astype(float) - table["request_s"].min()
+        times = table.columns[table.columns.str.endswith("_s")]
+        table[times] -= table["request_s"].min()
         return tabulate(table)
 
     def __enter__(self) -> Self:

@@ -64,15 +64,14 @@ class ParallelFileSystem:
         machine = sites.load(site) if isinstance(site, str) else site
         known = machine.file_systems | ({"burst_buffer": machine.burst_buffer} if machine.burst_buffer else {})
         one_of(name, f"the file system of {machine.name!r}", known, sites.SiteError)
-        part, targets_key = known[name], "servers" if name == "burst_buffer" else "targets"
-        for key in (targets_key, "metadata_ops_per_s", "bandwidth_gb_per_s"):
+        part = known[name]
+        section, servers = (name, "servers") if part is machine.burst_buffer else (f"file_systems.{name}", "targets")
+        for key in (servers, "metadata_ops_per_s", "bandwidth_gb_per_s"):
             if getattr(part, key) is None:
-                section = name if name == "burst_buffer" else f"file_systems.{name}"
                 raise sites.SiteError(f"site {machine.name!r} does not say {section}.{key}; add it to its description")
-        targets = getattr(part, targets_key)
         return cls(
-            targets=targets,
-            target_mb_per_s=part.bandwidth_gb_per_s * 1e3 / targets,
+            targets=getattr(part, servers),
+            target_mb_per_s=part.bandwidth_gb_per_s * 1e3 / getattr(part, servers),
             metadata_ops_per_s=part.metadata_ops_per_s,
             stripe_count=part.stripe_count or cls.stripe_count,
             stripe_bytes=round(part.stripe_mib * 2**20) if part.stripe_mib else cls.stripe_bytes,
@@ -84,20 +83,18 @@ class ParallelFileSystem:
         """What all targets deliver together."""
         return self.targets * self.target_mb_per_s / 1e3
 
-    def shares(self, length: int, offset: int = 0) -> np.ndarray:
-        """Bytes of ``[offset, offset + length)`` of a file on its first target, the one after it, and so on."""
+    def shares(self, file_bytes: int) -> np.ndarray:
+        """Bytes of a file on its first target, on the one after it, and so on."""
         first = np.arange(min(self.stripe_count, self.targets)) * self.stripe_bytes  # where each one's stripes begin
-        cycle = len(first) * self.stripe_bytes
-
-        def up_to(position: int) -> np.ndarray:
-            return position // cycle * self.stripe_bytes + np.clip(position % cycle - first, 0, self.stripe_bytes)
-
-        return up_to(offset + length) - up_to(offset)
+        cycles, rest = divmod(file_bytes, len(first) * self.stripe_bytes)
+        return cycles * self.stripe_bytes + np.clip(rest - first, 0, self.stripe_bytes)
 
 
 @dataclass(frozen=True)
 class Workload:
     """One epoch of a training job: each reader (a node) reads files and computes on them, step by step.
+
+    Readers meet at the end of every step, as an allreduce makes them.
 
     Attributes
     ----------
@@ -106,9 +103,7 @@ class Workload:
     compute_s
         What a step computes; emulated by waiting, as MLPerf Storage does.
     prefetch
-        Steps read ahead, one after the other, while earlier ones are computed (tf.data's ``prefetch``); 0 for none.
-    synchronous
-        Whether readers meet at the end of every step, as an allreduce makes them.
+        Steps read ahead while the one before is computed (tf.data's ``prefetch``): 0 or 1.
     seed
         Of the targets on which the files' first stripes lie.
     """
@@ -119,16 +114,14 @@ class Workload:
     file_bytes: int
     compute_s: float
     prefetch: int = 0
-    synchronous: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"readers": 1, "steps": 1, "files_per_step": 1, "file_bytes": 1, "prefetch": 0, "seed": 0}
-        for name, value in least.items():
-            object.__setattr__(self, name, whole_number(getattr(self, name), name, value))
+        for name in ("readers", "steps", "files_per_step", "file_bytes"):
+            object.__setattr__(self, name, whole_number(getattr(self, name), name))
+        whole_number(self.prefetch, "prefetch", 0, 1)
+        whole_number(self.seed, "seed", 0)
         number(self.compute_s, "compute_s", least=0)
-        if not isinstance(self.synchronous, bool):
-            raise ValueError(f"synchronous must be True or False, not {self.synchronous!r}")
 
     def first_targets(self, system: ParallelFileSystem) -> np.ndarray:
         """The target of each file's first stripe, at random, shape (steps, readers, files_per_step)."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +47,7 @@ def _steps(client: FileSystemClient, workload: Workload, directory: Path, job: s
         return client.ask({"meet": job, "of": workload.readers})
 
     def fetch(step: int) -> dict:
-        files = [client.range(file_of(directory, step, reader, i)) for i in range(workload.files_per_step)]
+        files = [client.file(file_of(directory, step, reader, i)) for i in range(workload.files_per_step)]
         row = {"reader": reader, "step": step, "target": METADATA, "request_s": time.monotonic()}
         row |= dict.fromkeys(["ready_s", "begin_s", "end_s", "fails_s"], math.nan)
         try:
@@ -64,45 +62,23 @@ def _steps(client: FileSystemClient, workload: Workload, directory: Path, job: s
 
     rows: list[dict] = []
     meet()
-    with contextlib.closing(_ahead(fetch, workload.steps, workload.prefetch)) as fetched:
-        for row in fetched:
+    with ThreadPoolExecutor(1) as ahead:
+        for row in _ahead(ahead, fetch, workload.steps) if workload.prefetch else map(fetch, range(workload.steps)):
             rows.append(row)
             if math.isnan(row["ready_s"]):
                 break
             row["begin_s"] = time.monotonic()
             time.sleep(workload.compute_s)
-            if workload.synchronous and not meet():
+            if not meet():
                 break
             row["end_s"] = time.monotonic()
     return rows
 
 
-def _ahead(fetch: Callable[[int], dict], steps: int, most: int) -> Iterator[dict]:
-    """``fetch(0)``, ``fetch(1)``, ...; a thread fetches up to `most` of them, one by one, before they are asked for."""
-    if not most:
-        yield from map(fetch, range(steps))
-        return
-    ready: queue.SimpleQueue[dict | Exception] = queue.SimpleQueue()
-    room, over = threading.Semaphore(most), threading.Event()
-
-    def fetch_all() -> None:
-        for step in range(steps):
-            room.acquire()
-            if over.is_set():
-                return
-            try:
-                ready.put(fetch(step))
-            except Exception as error:
-                return ready.put(error)
-
-    threading.Thread(target=fetch_all, daemon=True).start()
-    try:
-        for _ in range(steps):
-            row = ready.get()
-            if isinstance(row, Exception):
-                raise row
-            room.release()
-            yield row
-    finally:
-        over.set()
-        room.release()
+def _ahead(pool: ThreadPoolExecutor, fetch: Callable[[int], dict], steps: int) -> Iterator[dict]:
+    """``fetch(0)``, ``fetch(1)``, ...; each begins, in the thread of `pool`, when the one before is taken."""
+    fetched = pool.submit(fetch, 0)
+    for step in range(1, steps):
+        row, fetched = fetched.result(), pool.submit(fetch, step)
+        yield row
+    yield fetched.result()

@@ -11,7 +11,6 @@ while a forked child keeps the socket), the server removes its directory of back
 """
 
 import asyncio
-import heapq
 import json
 import os
 import shutil
@@ -35,7 +34,6 @@ class Server:
         self.timeout_s: float = settings["timeout_s"]
         self.began_s = time.monotonic()
         self.free_s = [0.0] * (self.targets + 1)  # the last one is the metadata server: METADATA is -1
-        self.in_queue: list[list[float]] = [[] for _ in self.free_s]  # when each request leaves, a heap
         self.placed: dict[str, int] = {}
         self.log: deque[tuple] = deque(maxlen=MOST_LOGGED)
         self.ended: set[str] = set()  # jobs of which a read has failed
@@ -43,17 +41,13 @@ class Server:
 
     def book(self, path: str, target: int, length: int, asked_s: float, service_s: float) -> tuple[float, bool]:
         """When a request is done, or given up; and whether it is served."""
-        queue = self.in_queue[target]
-        while queue and queue[0] <= asked_s:
-            heapq.heappop(queue)
         turn_s = max(asked_s, self.free_s[target])
         served = turn_s <= asked_s + self.timeout_s
         ends_s = turn_s + service_s if served else asked_s + self.timeout_s
         if served:
             self.free_s[target] = ends_s
         times_s = [asked_s - self.began_s, turn_s - self.began_s if served else None, ends_s - self.began_s]
-        self.log.append((path, target, *times_s, length, len(queue), not served))
-        heapq.heappush(queue, ends_s)
+        self.log.append((path, target, *times_s, length, not served))
         return ends_s, served
 
     def book_read(self, files: list, asked_s: float) -> tuple[float, int, str | None]:

@@ -98,8 +98,8 @@ def plain_simulation(storage: ParallelFileSystem, workload: Workload) -> dict[tu
 
     def computed(now: float, reader: int) -> None:
         at_barrier.add(reader)
-        if not workload.synchronous or len(at_barrier) == workload.readers:
-            together = sorted(at_barrier) if workload.synchronous else [reader]
+        if len(at_barrier) == workload.readers:
+            together = sorted(at_barrier)
             for each in together:
                 at_barrier.remove(each)
                 times[each, computing.pop(each)][3] = now
@@ -133,8 +133,7 @@ def cases(draw, timeouts=False) -> tuple[ParallelFileSystem, Workload]:
         files_per_step=draw(whole(1, 3)),
         file_bytes=FILE_BYTES,
         compute_s=draw(whole(0, 9)) * math.sqrt(3) * MS,
-        prefetch=draw(whole(0, 3)),
-        synchronous=draw(st.booleans()),
+        prefetch=draw(whole(0, 1)),
         seed=draw(whole(0, 99)),
     )
     return storage, workload
@@ -207,18 +206,16 @@ def test_who_asks_first_is_served_first(case):
 def test_twice_the_bandwidth_of_every_target_is_never_slower(case, factor):
     storage, workload = case
     faster = replace(storage, target_mb_per_s=storage.target_mb_per_s * factor)
-    slow_s, fast_s = (
-        simulate(each, replace(workload, synchronous=True, prefetch=0))["end_s"].max() for each in (storage, faster)
-    )
+    slow_s, fast_s = (simulate(each, replace(workload, prefetch=0))["end_s"].max() for each in (storage, faster))
     assert fast_s <= slow_s * (1 + 1e-9)
 
 
-@given(st.integers(1, 5), st.integers(1, 7), st.integers(1, 9), st.integers(0, 60), st.integers(0, 60))
-def test_a_range_lies_on_the_targets_on_which_its_bytes_do(targets, count, stripe_bytes, offset, length):
+@given(st.integers(1, 5), st.integers(1, 7), st.integers(1, 9), st.integers(0, 60))
+def test_a_file_lies_on_the_targets_on_which_its_bytes_do(targets, count, stripe_bytes, length):
     storage = ParallelFileSystem(targets, 1, 1, stripe_count=count, stripe_bytes=stripe_bytes)
     width = min(targets, count)
-    expected = np.bincount([at // stripe_bytes % width for at in range(offset, offset + length)], minlength=width)
-    assert storage.shares(length, offset).tolist() == expected.tolist()
+    expected = np.bincount([at // stripe_bytes % width for at in range(length)], minlength=width)
+    assert storage.shares(length).tolist() == expected.tolist()
 
 
 def test_random_placement_is_the_same_again_for_the_same_seed_only():
@@ -246,9 +243,9 @@ def test_reading_ahead_hides_the_input_that_fits_beside_the_compute():
 def test_an_epoch_of_8192_readers_takes_less_than_the_time_to_lose_patience():
     """It takes a tenth of a second here; 5 s are for a machine with much else to do."""
     storage = ParallelFileSystem.of_site("cori")
-    for synchronous in (True, False):
+    for prefetch in (0, 1):
         began = time.perf_counter()
-        simulate(storage, Workload(8192, 20, 1, 8 * 10**6, 0.129, prefetch=2, synchronous=synchronous))
+        simulate(storage, Workload(8192, 20, 1, 8 * 10**6, 0.129, prefetch=prefetch))
         assert time.perf_counter() - began < 5
 
 
@@ -272,7 +269,7 @@ def test_a_site_has_storage_with_the_bandwidth_that_it_describes():
         (lambda: ParallelFileSystem(1, 1, 1, timeout_s=0), "timeout_s must be a number above 0, not 0"),
         (lambda: Workload(1, 1, 0, 1, 0), "files_per_step must be a whole number from 1 up, not 0"),
         (lambda: Workload(1, 1, 1, 1, -1), "compute_s must be a number from 0, not -1"),
-        (lambda: Workload(1, 1, 1, 1, 0, synchronous=1), "synchronous must be True or False, not 1"),
+        (lambda: Workload(1, 1, 1, 1, 0, prefetch=2), "prefetch must be a whole number from 0 to 1, not 2"),
         (lambda: ParallelFileSystem.of_site("nurion", "home"), "'scratch', 'burst_buffer', not 'home'"),
     ],
 )  # fmt: skip
