@@ -52,7 +52,7 @@ def prepare(source: str, destination: str, ranks: int, replicate: bool) -> Job:
         todo, staged = [], []
         for file in tree.files:
             (staged if is_staged(file, existing, records) else todo).append(file)
-        _require_room(destination, todo)
+        _require_room(destination, todo, len(tree.directories) + len(tree.links))
     plan = StagePlan(source, destination, tuple(todo), ranks, replicate, tuple(staged), tree.directories, tree.links)
     return Job(plan, leftovers)
 
@@ -114,7 +114,7 @@ def look(destination: str, folders: Iterable[str]) -> tuple[dict[str, os.stat_re
     return existing, leftovers
 
 
-def _require_room(destination: str, files: Sequence[File]) -> None:
+def _require_room(destination: str, files: Sequence[File], others: int) -> None:
     parent = destination
     while not os.path.isdir(parent):
         parent = os.path.dirname(parent)
@@ -128,4 +128,10 @@ def _require_room(destination: str, files: Sequence[File]) -> None:
         raise StageError(
             f"{destination!r} has {bytes_text(free)} free, and {bytes_text(needed)} are needed; make room, or choose "
             "another destination"
+        )
+    inodes = len(files) + others + 8  # 8 for our records
+    if room.f_files and inodes > room.f_favail:  # no limit where f_files is 0
+        raise StageError(
+            f"{destination!r} has room for {room.f_favail:,} more files, and {inodes:,} are needed; pack them into "
+            "fewer, larger ones, or choose another destination"
         )

@@ -260,6 +260,15 @@ def test_too_little_room_is_refused_before_anything_is_copied(tmp_path):
     on_small_disk(tmp_path, "size=2m", script)
 
 
+def test_too_few_inodes_are_refused_before_anything_is_copied(tmp_path):
+    (tmp_path / "source").mkdir()
+    for i in range(40):
+        (tmp_path / "source" / f"{i}").touch()
+    script = PRELUDE + "error = refused(); assert 'room for 29 more files, and 49 are needed' in str(error), error\n"
+    script += "assert error.failures == {} and os.listdir('disk') == []"
+    on_small_disk(tmp_path, "nr_inodes=30", script)
+
+
 def test_a_disk_that_fills_up_leaves_whole_files_and_names_the_others(tmp_path):
     (tmp_path / "source").mkdir()
     for i in range(40):

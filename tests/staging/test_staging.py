@@ -226,14 +226,15 @@ def run(*arguments, **options):
 def test_the_command_plans_stages_verifies_and_purges(source, tmp_path):
     copy = tmp_path / "copy"
     assert "9 files" in run(source, copy, "--dry-run").stdout and not copy.exists()
-    done = run(source, copy, "--verify")
+    done = run(source, copy, "--verify", "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "9 copied" in done.stdout
+    assert json.loads(done.stdout)["copied_files"] == 9
     assert contents(copy) == contents(source)
     assert run("--purge", copy).stdout == "11 files removed\n"
 
 
 def test_the_command_says_in_one_sentence_what_is_wrong(source, tmp_path):
+    assert "choose one outside" in json.loads(run(source, source / "deep/new", "--json").stdout)["error"]
     refused = run(source, source / "deep/new")
     assert refused.returncode == 2 and refused.stdout == ""
     assert refused.stderr.count("\n") == 1 and "choose one outside" in refused.stderr
