@@ -69,6 +69,15 @@ PATCHES = [
         "    std::this_thread::yield();\n",
         "    std::this_thread::sleep_for(std::chrono::milliseconds(1));\n",
     ),
+    # A rank that wakes for its cycle polls MPI until the last rank has woken. The next cycle was counted from when each
+    # had woken, so the ranks never came to wake together, and idle they kept a core busy that others may need. Counted
+    # from when they have met, they wake together, and rest.
+    (
+        "horovod/common/operations.cc",
+        "    if (process_set_id == 0) {\n      state.mark_cycles_in_timeline",
+        "    if (process_set_id == 0) {\n      state.last_cycle_start = std::chrono::steady_clock::now();\n"
+        "      state.mark_cycles_in_timeline",
+    ),
     # Debug symbols make the wheel 15 times larger; Horovod optimises both kinds of build alike (-O3).
     ("setup.py", "else 'RelWithDebInfo'", "else 'Release'"),
 ]
