@@ -222,7 +222,7 @@ swept["added_ms"] = (swept["step_s"] - swept["compute_s"]) * 1e3
 medians = swept.groupby("label")["added_ms"].median()[labels]
 figure, axis = plt.subplots(figsize=(6.4, 2.8), layout="constrained")
 axis.barh(
-    labels, medians, color=["#0072B2" if label == "defaults" else "#BBBBBB" for label in labels], ec="black", lw=0.5
+    labels, medians, color=[style.BLUE if label == "defaults" else style.GREY for label in labels], ec="black", lw=0.5
 )
 axis.plot(swept["added_ms"], swept["label"], "k.", ms=4)
 compute_ms = swept["compute_s"].median() * 1e3
@@ -263,13 +263,13 @@ with ranks.start(n_ranks, env=SHORT_SEARCH) as fresh:
 search = pd.read_csv(files / "search.csv").rename_axis("point").reset_index()
 search = search.rename(columns={"cycle_time_ms": "cycle_ms", "tensor_fusion_threshold": "fusion_mb"})
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3), layout="constrained")
-left.plot(search["point"], search["score"], "o", color="#0072B2", label="point")
-left.plot(search["point"], search["score"].cummax(), color="#D55E00", drawstyle="steps-post", label="best so far")
+left.plot(search["point"], search["score"], "o", color=style.BLUE, label="point")
+left.plot(search["point"], search["score"].cummax(), color=style.VERMILION, drawstyle="steps-post", label="best so far")
 left.set(xlabel="point of the search", ylabel="score, bytes per µs", ylim=(0, None))
 left.xaxis.get_major_locator().set_params(integer=True)
 left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=2)
 size = 20 + 180 * search["score"] / search["score"].max()
-right.scatter(search["cycle_ms"], search["fusion_mb"], s=size, color="#56B4E9", ec="black", lw=0.5)
+right.scatter(search["cycle_ms"], search["fusion_mb"], s=size, color=style.SKY, ec="black", lw=0.5)
 right.set(xlabel="cycle time, ms", ylabel="longest buffer, MiB", title="larger dot: higher score", xlim=(0, 105))
 right.title.set_fontsize(9)
 plt.show()
@@ -307,10 +307,10 @@ times = compared.pivot_table(index=["cycle_ms", "size_bytes"], columns="backend"
 
 # %% alt="Two panels against message size, logarithmic, with a cycle time of 0.1 ms. Left: time; flat for small sizes, rising for large ones; Gloo is highest until MPI meets it at the largest size, MPI is a little below oneCCL's ring up to about a megabyte, then the ring is lower. Right: bus bandwidth, which rises up to about four megabytes and falls beyond for MPI; oneCCL's ring reaches the most. Bands reach from the fastest to the slowest turn."
 STYLES = {
-    "MPI": dict(color="#0072B2", marker="o"),
-    "Gloo": dict(color="#009E73", marker="s"),
-    "oneCCL ring": dict(color="#D55E00", marker="^"),
-    "oneCCL": dict(color="#E69F00", marker="v"),
+    "MPI": dict(color=style.BLUE, marker="o"),
+    "Gloo": dict(color=style.GREEN, marker="s"),
+    "oneCCL ring": dict(color=style.VERMILION, marker="^"),
+    "oneCCL": dict(color=style.ORANGE, marker="v"),
 }
 quick = compared[compared["cycle_ms"] == 0.1].dropna(subset="time_s")
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
@@ -442,7 +442,9 @@ print(
 published = recordings.load("published_backends").set_index("study")
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained", width_ratios=[1, 1.3])
 error = [[gain["speedup"] - gain["low"]], [gain["high"] - gain["speedup"]]]
-left.bar([f"here,\n{n_ranks} ranks"], [gain["speedup"]], yerr=error, color="#D55E00", ec="black", lw=0.6, capsize=4)
+left.bar(
+    [f"here,\n{n_ranks} ranks"], [gain["speedup"]], yerr=error, color=style.VERMILION, ec="black", lw=0.6, capsize=4
+)
 for study, label in (("Nurion", "Nurion,\npublished"), ("Intel and Amazon", "Intel, Amazon,\npublished")):
     low, high = published.loc[study, ["speedup_low", "speedup_high"]]
     left.bar(
@@ -455,8 +457,8 @@ f = np.linspace(0, 1, 101)
 for s, dashes in ((1.5, ":"), (2, "--"), (4, "-.")):
     right.plot(f, 1 / ((1 - f) + f / s), dashes, color="black", lw=1, label=f"communication {s:g} times as fast")
 right.plot(f[:-1], 1 / (1 - f[:-1]), "-", color="black", lw=1, label="communication takes no time")
-right.axhspan(1.8, 2.0, color="#BBBBBB", alpha=0.6, lw=0, label="Nurion, published")
-right.plot(share, gain["speedup"], "^", color="#D55E00", ms=9, label="here")
+right.axhspan(1.8, 2.0, color=style.GREY, alpha=0.6, lw=0, label="Nurion, published")
+right.plot(share, gain["speedup"], "^", color=style.VERMILION, ms=9, label="here")
 right.set(xlabel="share of communication in an epoch over MPI", ylabel="epoch: times as fast", ylim=(0.9, 3))
 right.legend(frameon=False, fontsize=8)
 plt.show()
@@ -501,8 +503,8 @@ quickly = recorded[(recorded["cycle_ms"] == 0.1) & (recorded["memory"] == "freed
 worker = timing.ratios(quickly, "MPI", "backend", by=["ranks", "size_bytes"])
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained", sharey=True)
 LOOKS = {
-    "oneCCL ring": ("with worker thread", "#D55E00", "^", "-"),
-    "oneCCL ring, no worker": ("without", "#0072B2", "o", "--"),
+    "oneCCL ring": ("with worker thread", style.VERMILION, "^", "-"),
+    "oneCCL ring, no worker": ("without", style.BLUE, "o", "--"),
 }
 for axis, n in zip(axes, (2, 4), strict=True):
     for backend, (label, colour, marker, dashes) in LOOKS.items():

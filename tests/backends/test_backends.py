@@ -96,6 +96,19 @@ def test_gloo_gives_numpys_sums_again_and_again():
             world.run(backends.init, backends.GLOO_AS_SHIPPED)
 
 
+def cpu_s() -> float:
+    import time
+
+    begin_s = time.process_time()
+    time.sleep(3)
+    return time.process_time() - begin_s
+
+
+def test_ranks_in_which_horovod_idles_leave_the_cores_to_others(world3):
+    world3.run(backends.init, "MPI")
+    assert sum(world3.run(cpu_s)) < 1  # as shipped, two of the three poll for the one that sleeps: 4 s and more
+
+
 def test_a_process_that_ran_over_mpi_refuses_gloo_in_one_sentence(world3):
     world3.run(started_and_ended, "MPI")
     with pytest.raises(ranks.RankError, match="give Gloo ranks of its own"):
