@@ -52,7 +52,7 @@ w = np.zeros(3)  # and one set of weights
 
 
 def gradient(w, x, y):
-    """Of the mean squared error; needs the weights and some points, nothing from anyone else."""
+    """Gradient of the mean squared error: needs the weights and some points, nothing from anyone else."""
     return 2 * x.T @ (x @ w - y) / len(x)
 
 
@@ -64,7 +64,7 @@ print("averaged         ", averaged.round(4))
 print("over all points  ", everything.round(4))
 
 # %%
-by_hand = world.client[:]["float(abs(averaged - everything).max())"]
+by_hand = world.client[:]["float(abs(averaged - everything).max())"]  # the brackets take expressions, too
 print(f"largest difference between the averaged and the full gradient: {max(by_hand):.1e}")
 
 # %% [markdown]
@@ -101,19 +101,20 @@ averaged = [hvd.allreduce(gradient, name=f"gradient{i}") for i, gradient in enum
 
 # %%
 # %%px --targets 0
+# on rank 0 only
 for variable, gradient in zip(network.trainable_weights, averaged, strict=True):
     print(f"{variable.path:22} {str(gradient.shape):12} {gradient.dtype.size * tf.size(gradient).numpy():7,} bytes")
 
 # %% [markdown]
-# Six tensors, 104 kB together, and one message would do: Horovod packs small tensors into one buffer before it sends them, and it can begin with the last layers while the backward pass still works on the first. Both are the subject of [notebook 03](03_communication_backends.ipynb).
+# Six tensors, 104 kB together. The loop above sends them one at a time and waits for each. Horovod can do better: it can pack small tensors into one message, and it can send those of the last layers while the backward pass still works on the first ([notebook 03](03_communication_backends.ipynb)).
 #
 # **Predict:** twice as many images per rank. Which of the numbers above change?
 #
-# None: a gradient has the shape of its weights. The work per step doubles and the messages stay. This is why large batches scale so well, and one of the reasons why they are tempting.
+# None: a gradient has the shape of its weights. The work per step doubles and the messages stay. This is why large batches make good use of many ranks, and one of the reasons why they are tempting.
 #
 # ## Equal to one big batch, step after step
 #
-# Writing the allreduce into every training loop is tedious, so it is wrapped into the optimizer: `DistributedOptimizer` averages the gradients whenever Keras is about to apply them. `Shard` deals the samples out, a new order each epoch, every sample to exactly one rank. The function below trains the small network in any combination of the two: with or without averaging, on a share of the samples or on all of them. The rest of this notebook asks it for one combination after the other.
+# Writing the allreduce into every training loop is tedious, so it is wrapped into the optimizer: the `DistributedOptimizer` of this course averages the gradients whenever Keras is about to apply them. `Shard` deals the samples out, a new order each epoch, every sample to exactly one rank. The function below trains the small network in any combination of the two: with or without averaging, on a share of the samples or on all of them. The rest of this notebook asks it for one combination after the other. Its imports stand inside, because the function runs on the ranks. `BroadcastCallback` starts all ranks from rank 0's weights, whatever their seeds.
 
 
 # %%
@@ -126,8 +127,9 @@ def averaging(optimizer):
 def train_digits(average, sharded: bool, batch_size: int = 32, epochs: int = 3, steps: int | None = None, check=False):
     """Train on every rank; return the weights, and per epoch the loss and the test error in per cent.
 
-    average: what is done to the optimizer, or None. sharded: a step takes `batch_size` samples on each rank, other
-    ones on each; otherwise every rank takes the samples of all. check: compare the ranks' weights after each epoch.
+    average: a function that wraps the optimizer so that gradients are averaged; None leaves it as it is.
+    sharded: each rank takes `batch_size` samples per step of its own; otherwise every rank takes all that the ranks
+    would take together. steps: per epoch, if not all. check: compare the ranks' weights after each epoch.
     """
     import horovod.tensorflow as hvd
     import keras
@@ -154,7 +156,7 @@ def train_digits(average, sharded: bool, batch_size: int = 32, epochs: int = 3, 
         epochs=epochs,
         validation_data=(x_test, y_test),
         validation_batch_size=len(x_test),
-        callbacks=[BroadcastCallback()] + [SyncCheckCallback()] * check,
+        callbacks=[BroadcastCallback(), SyncCheckCallback()] if check else [BroadcastCallback()],
         verbose=0,
     )
     errors = [100 * (1 - accuracy) for accuracy in history.history["val_accuracy"]]
@@ -162,15 +164,13 @@ def train_digits(average, sharded: bool, batch_size: int = 32, epochs: int = 3, 
 
 
 # %% [markdown]
-# (`BroadcastCallback` starts all ranks from rank 0's weights, whatever their seeds.)
-#
 # The claim to check: $P$ ranks with $B$ samples each take the same steps as one rank with $PB$ samples.
 
 # %%
 from functools import partial
 
 together = world.run(partial(train_digits, averaging, sharded=True, epochs=1, steps=10))
-alone = world.run(partial(train_digits, None, sharded=False, epochs=1, steps=10))
+alone = world.run(partial(train_digits, None, sharded=False, epochs=1, steps=10))  # every rank does the whole job
 
 # %%
 import pandas as pd
@@ -196,7 +196,7 @@ equality.to_frame().style.format("{:.1e}")
 #
 # ## The trap: training alone without knowing it
 #
-# Horovod brings its own *binding* for Keras, the code that connects the two. It was written for Keras 2 and hooks into methods that Keras 3 never calls. It installs, imports and trains without a word of warning.
+# Horovod brings its own *binding* for Keras, the code that connects the two. Its optimizer has the same name as ours, and is called *stock* below. It was written for Keras 2 and hooks into methods that Keras 3 never calls. It can be installed and imported, and it trains, without a word of warning.
 #
 # **Predict:** the ranks train with it for three epochs, each on its own shard, from equal weights. What will you see in the loss? What in the weights?
 
@@ -227,7 +227,7 @@ pd.DataFrame(
 # %% [markdown]
 # The loss falls either way, and nothing looks wrong. But with the stock binding each rank has trained a model of its own on its own shard, and at the end one of them is saved.
 #
-# A run of a million core hours deserves one line of insurance. `SyncCheckCallback` compares the weights of all ranks at the end of each epoch.
+# For a long run, one more line is worth it. `SyncCheckCallback` compares the weights of all ranks at the end of each epoch.
 
 # %%
 caught = ""
@@ -235,7 +235,7 @@ try:
     world.run(partial(train_digits, stock, sharded=True, check=True))
 except ranks.RankError as error:
     caught = str(error)
-    print(caught.splitlines()[0])
+    print(caught.splitlines()[0])  # all ranks raised it themselves, so they are still there
 
 # %% [markdown]
 # ## Train digits: together, alone, and apart
@@ -243,7 +243,7 @@ except ranks.RankError as error:
 # Three runs from the same initial weights:
 #
 # 1. *together*: every batch of about 64 images is divided among the ranks, gradients averaged;
-# 2. *alone*: one rank with the same batches, the whole data set;
+# 2. *alone*: no cooperation, every rank takes the same batches of the whole data set (rank 0 is shown);
 # 3. *apart*: each rank on its own shard, nothing averaged (what the stock binding does).
 #
 # **Predict:** which of the three curves of the test error will coincide, and where will the other one lie?
@@ -272,19 +272,20 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# *Together* lies on *alone*: it is the same training, done by more hands. *Apart* is another training: each rank learns from its share of the data only. Digits are so easy that it does not end far off, which is exactly why nobody notices. What it has cost is half of the data, and the reader of a log file sees a curve that falls.
+# *Together* lies on *alone*: it is the same training, done by more hands. *Apart* is another training: in each epoch a rank sees only $1/P$ of the samples, in batches of $64/P$, and learns nothing from what the others saw. Digits are so easy that it does not end far off, and its curve falls like any other, which is exactly why nobody notices.
 #
 # ## Train on volumes
 #
-# CosmoFlow, a network that ran on 8192 nodes of the supercomputer Cori, looks at a cube of the universe filled with dark matter and tells three numbers that govern it: $\Omega_m$ (how much matter there is), $\sigma_8$ (how lumpy it is) and $n_s$ (how the lumps divide into large and small).
+# CosmoFlow, a network that ran on 8192 nodes of the supercomputer Cori, looks at a cube of the universe filled with dark matter and predicts three numbers that govern it: $\Omega_m$ (how much matter there is), $\sigma_8$ (how lumpy it is) and $n_s$ (how the lumps divide into large and small).
 #
-# Its simulations are too large to ship. Here the cubes are drawn at random from the theory: a lognormal density whose *power spectrum*, the strength of lumps of each size, is the one that the three numbers prescribe. Any rank can make sample number $i$, and it is the same everywhere. Lengths are in Mpc/h, the unit of cosmologists: a megaparsec is 3.3 million light years, and h is about 0.7.
+# Its simulations are too large to ship. Here the cubes are drawn at random from the theory: a lognormal density (always positive, with a few strong peaks) whose *power spectrum*, the strength of lumps of each size, is the one that the three numbers prescribe. The wave number $k$ below is $2\pi$ divided by the size of a lump. Any rank can make sample number $i$, and it is the same everywhere. Lengths are in Mpc/h, the unit of cosmologists: a megaparsec is 3.3 million light years, and h is about 0.7.
 
 # %%
 import numpy as np
 
 from nurion_utils.datasets import volumes
 
+# Omega_m, sigma_8 and n_s; 32 voxels (pixels in three dimensions) along an edge of 256 Mpc/h
 extremes = {f"$\\sigma_8$ = {s8}": np.array([0.3, s8, 0.95]) for s8 in (0.78, 0.95)}
 fields = {name: volumes.lognormal(32, p, np.random.default_rng(5)) for name, p in extremes.items()}
 
@@ -307,7 +308,7 @@ right.legend()
 plt.show()
 
 # %% [markdown]
-# On a supercomputer the volumes lie in files. Rank 0 writes them, as TFRecord files with an index; in training every rank reads the samples of its shard by their index, batch after batch. A volume of CosmoFlow's full size, $128^3$ values of four bytes, takes 8 MiB; these here are small.
+# On a supercomputer the volumes lie in files. Rank 0 writes them as TFRecord files, TensorFlow's containers of many samples, with a table of where each sample begins; in training every rank reads the samples of its shard by their number, batch after batch. A volume of CosmoFlow's full size, $128^3$ values of four bytes, takes 8.4 MB; these here are much smaller.
 
 # %%
 import tempfile
@@ -331,10 +332,13 @@ index = pd.read_csv(directory / "train" / "index.csv")
 print(f"{len(index)} volumes in {index['file'].nunique()} files, {index['length'].sum() / 1e6:.1f} MB")
 index.head(3)
 
+# %% [markdown]
+# Now train on them: 16 volumes in each step, shared among the ranks.
+
 
 # %%
 def train_volumes(directory: str, size: int, epochs: int) -> dict:
-    """Train CosmoFlow's small sister together; return the history, and predictions for the validation volumes."""
+    """Train a small version of CosmoFlow together; return the history, and predictions for the validation volumes."""
     from pathlib import Path
 
     import horovod.tensorflow as hvd
@@ -345,7 +349,8 @@ def train_volumes(directory: str, size: int, epochs: int) -> dict:
 
     hvd.init()
     reader = volumes.Volumes(Path(directory) / "train")
-    x, y = (validation := volumes.Volumes(Path(directory) / "validation")).read(range(len(validation)))
+    validation = volumes.Volumes(Path(directory) / "validation")
+    x, y = validation.read(range(len(validation)))
     shard = Shard(len(reader), hvd.size(), hvd.rank(), max(1, 16 // hvd.size()), seed=0)
     keras.utils.set_random_seed(0)
     network = models.cosmoflow_small(size)
@@ -393,9 +398,9 @@ learned.style.format("{:.2f}")
 # - **Weak scaling:** every rank keeps its batch, so more ranks do more work per step. Ideal: samples per second grow with the number of ranks.
 # - **Strong scaling:** the whole batch stays, so each rank's share of it shrinks. Ideal: the step takes $1/P$ of the time.
 #
-# In both, **parallel efficiency** is the rate of $P$ ranks in samples per second, divided by $P$ times the rate of one. For a fair comparison the single rank gets as many cores as each of the many.
+# Here weak scaling takes 4 volumes on each rank, and strong scaling as many in all as the ranks of weak scaling take together. In both, **parallel efficiency** is the rate of $P$ ranks in samples per second, divided by $P$ times the rate of one. For a fair comparison the single rank gets as many cores as each of the many.
 #
-# A step is timed at four stages: the forward pass alone; with the backward pass; with the update; with the allreduce. Blocks of steps alternate between the stages, and what a stage adds to the one before is the time of that part. Such a difference inherits the noise of both, so a short part can even come out negative.
+# A step is timed at four stages: the forward pass alone; with the backward pass (`gradient`); with the update; with the allreduce, which in training comes before the update. Blocks of steps alternate between the stages, and what a stage adds to the one before is the time of that part. Such a difference inherits the noise of both, so a short part can even come out negative.
 #
 # **Predict:** which of the two efficiencies will be lower? Which part of the step is to blame?
 
@@ -418,9 +423,9 @@ def time_steps(batch_per_rank: int, size: int, rounds: int, stages: tuple) -> "p
 
 
 # %%
-load = timing.OtherLoad()
+load = timing.OtherLoad()  # what other programs take of the cores meanwhile
 batch = 4
-counts = sorted({1, n_ranks} | {2**i for i in range(10) if 2**i < n_ranks})
+counts = sorted({1, n_ranks} | {2**i for i in range(10) if 2**i < n_ranks})  # 1, 2, 4, ... n_ranks
 cores_per_rank = max(1, sites.load("local").node.cores // n_ranks)
 tables = []
 world.stop()
@@ -483,15 +488,15 @@ print(
 # %% [markdown]
 # Three things can eat efficiency, and the figures tell them apart only as far as their bars allow:
 #
-# - *The allreduce*: on one machine its messages stay in memory, and its bar is short beside the two passes. It also holds the time in which a rank waits for the slowest one: all wait for it at every step, so a disturbance of one is a disturbance of all.
-# - *The shrinking batch* of strong scaling: a core does fewer samples per step, and what each step costs anyway is divided by fewer. Compare the times per sample above. On so small a machine weak and strong may well be equal within their bars.
+# - *The allreduce*: on one machine its messages stay in memory, and its bar in the right figure should be short beside the two passes. It also holds the time in which a rank waits for the slowest one: all wait for it at every step, so a disturbance of one is a disturbance of all.
+# - *The shrinking batch* of strong scaling: a core does fewer samples per step, and the fixed cost of a step is spread over fewer. Compare the times per sample above. On so small a machine weak and strong may well be equal within their bars.
 # - *What the ranks share*: memory bandwidth, caches, and on a laptop this notebook and the browser.
 #
 # The numbers of ranks were measured one after the other, a few seconds apart, and machines are not equally fast all the time. An efficiency above 1 is no miracle then: something else held up the single rank. Run the cells again before you believe a surprising value, and narrow the bars with a larger `timing_rounds`.
 #
 # ### Extrapolate
 #
-# On a large machine the first one grows. The next notebook builds the *ring-allreduce* and derives its time: $2(P-1)\alpha + 2\frac{P-1}{P}N\beta$ for $P$ ranks and $N$ bytes, where $\alpha$ is the time a message takes however short it is, and $\beta$ the time per byte.
+# On a large machine the allreduce grows. The next notebook builds the *ring-allreduce* and derives its time: $2(P-1)\alpha + 2\frac{P-1}{P}N\beta$ for $P$ ranks and $N$ bytes, where the *latency* $\alpha$ is the time a message takes however short it is, and $\beta$, one over the bandwidth, the time per byte.
 #
 # CosmoFlow has 7.04 million weights, so 28.2 MB of gradients, and computed 129 ms per step on one node. Take $\alpha = 2$ µs and 8 GB/s, plausible values for such a network, not measured ones.
 #
@@ -518,13 +523,13 @@ pd.DataFrame(
 )
 
 # %% [markdown]
-# The transfer hardly depends on the number of nodes, as promised for the ring; the number of messages does, and at 8192 nodes it dominates. The published efficiency of CosmoFlow at 8192 nodes is 77 % (Mathuriya and others, 2018). That the formula comes so close should not impress too much: it hides nothing behind the backward pass, knows no slow nodes, and the values of $\alpha$ and the bandwidth were assumed. It shows which of the terms to watch.
+# From 64 nodes on the transfer hardly changes; the latency grows with the number of messages, and at 8192 nodes it is most of the allreduce. The published efficiency of CosmoFlow at 8192 nodes is 77 % (Mathuriya and others, 2018). That the formula comes so close should not impress too much: it sends nothing during the backward pass, knows no slow nodes, and the values of $\alpha$ and the bandwidth were assumed. It shows which of the terms to watch.
 #
 # ## The other way: split the model
 #
-# Data parallelism needs the whole model on each rank. Does it fit? Training keeps more than the weights: gradients, the optimizer's own state, Horovod's buffer, and above all the *activations*, the outputs of every layer, which the backward pass needs again. They grow with the batch. The calculator below counts the output of every layer once and leaves out scratch space, so take it as an estimate.
+# Data parallelism needs the whole model on each rank. Does it fit? Training keeps more than the weights: gradients, the optimizer's own state, Horovod's buffer, and above all the *activations*, the outputs of every layer, which the backward pass needs again. They grow with the batch. The calculator below counts the output of every layer once and leaves out temporary memory, so take it as an estimate.
 #
-# **Predict:** for ResNet-50 it counts 148 MB of activations per image. A Nurion node leaves 82 GB to a job. Does a batch of 512 images per node fit? And 1024?
+# **Predict:** for ResNet-50 it counts 148 MB of activations per image. Of the 96 GB of a Nurion node, 82 are left to a job. Does a batch of 512 images per node fit? And 1024?
 
 
 # %%
@@ -570,11 +575,11 @@ axis.invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# That is consistent with the experiment in KISTI's paper: on 512 nodes a batch of 512 images per node ran, and 1024 did not fit. Image networks are *activation-heavy*. The remedy is a smaller batch per node, and data parallelism goes on.
+# That is consistent with the experiment in KISTI's paper: on 512 nodes a batch of 512 images per node ran, and 1024 did not fit. Image networks are *activation-heavy*. The remedy is a smaller batch per node, and data parallelism still works.
 #
-# A language model with seven billion weights is another matter. Its weights, gradients and Adam's two averages take 16 bytes per weight, 112 GB before the first sample, and no batch is small enough. The model itself must be divided in some way: its state over the ranks (as ZeRO does), each layer over the ranks (tensor parallelism), or, the easiest to see through, its layers one after the other.
+# A language model with seven billion weights is another matter. Its weights, gradients and Adam's two averages take 16 bytes per weight, 112 GB before the first sample, and no batch is small enough. The model itself must be divided in some way: its state over the ranks (as ZeRO does), each layer over the ranks (tensor parallelism), or, the easiest to understand, groups of layers one after the other (a *pipeline*).
 #
-# Rank 0 gets the first layer of a perceptron and rank 1 the others. Both also compute the whole network, only to compare.
+# Rank 0 gets the first layer of a network of dense layers and rank 1 the others; further ranks only look on. Both also compute the whole network, only to compare. `Send` and `Recv` move one array between two ranks.
 
 # %%
 # %%px
@@ -615,7 +620,7 @@ if comm.rank == 1:
         loss = loss_of(y, back(activations))
 
 # %% [markdown]
-# Backward, their gradient travels from rank 1 to rank 0, which carries on from there. Each rank ends with the gradient of its own weights.
+# Backward, rank 1 sends the gradient of the loss with respect to the activations, and rank 0 continues the chain rule from there (`output_gradients`). Each rank ends with the gradient of its own weights.
 
 # %%
 # %%px
@@ -634,14 +639,16 @@ largest = max((float(tf.reduce_max(abs(a - b))) for a, b in zip(split, reference
 
 # %%
 pair = world.client[:2]
-split = pd.DataFrame(
+split_table = pd.DataFrame(
     {
         "weights here": pair["weights_here"],
         "bytes sent": pair["activations.numpy().nbytes"],
         "largest difference to the whole network": pair["largest"],
     }
 ).rename_axis("rank")
-split.style.format({"largest difference to the whole network": "{:.1e}", "weights here": "{:,}", "bytes sent": "{:,}"})
+split_table.style.format(
+    {"largest difference to the whole network": "{:.1e}", "weights here": "{:,}", "bytes sent": "{:,}"}
+)
 
 # %% [markdown]
 # The gradients are those of the whole network. Note what has changed:
@@ -654,13 +661,13 @@ split.style.format({"largest difference to the whole network": "{:.1e}", "weight
 #
 # ## Failure labs
 #
-# Three ways in which runs go wrong, each to be provoked once, so that you recognise it. Set `failure_labs = True` in the parameters.
+# Three ways in which runs go wrong, each to be provoked once, so that you recognise it. Set `failure_labs = True` in the parameters and run the notebook again from the top.
 #
 # **Lab 1, unsharded data.** A frequent bug: every rank loads *all* the data, in the same order. Everything runs, gradients are averaged, the loss falls. But all ranks compute the same gradient.
 
 # %%
 if failure_labs:
-    each = 32 // n_ranks
+    each = 32 // n_ranks  # sharded=False multiplies it by the number of ranks
     buggy = world.run(partial(train_digits, averaging, sharded=False, batch_size=each, epochs=2))[0]
     right = world.run(partial(train_digits, averaging, sharded=True, batch_size=each * n_ranks, epochs=2))[0]
     with ranks.start(1) as single:
@@ -670,13 +677,14 @@ if failure_labs:
     assert largest_difference(buggy, one_rank) < 1e-5
 
 # %% [markdown]
-# The result is that of one rank, at the price of all. The sign in real life: the time of an epoch does not fall when ranks are added. Count your samples.
+# The result of one rank, at the cost of all. To notice it in real life: an epoch does not get faster with more ranks, so compare the samples read per epoch with the size of the data set.
 #
-# **Lab 2, too many threads.** TensorFlow likes to start one thread per core of the machine. With several ranks on it each does so. `ranks.start` therefore gives each rank cores of its own and as many threads; here are eight threads per rank instead, on the same cores. They can only take turns, and every turn costs something. How much, differs between machines: look at the three ratios, not at one.
+# **Lab 2, too many threads.** A thread is a strand of work that can keep one core busy. TensorFlow likes to start one per core of the machine, and with several ranks on it each does so. `ranks.start` therefore gives each rank cores of its own and as many threads; here each rank has eight times as many instead, on the same cores. They can only take turns, and every turn costs something. How much, differs between machines: look at the three ratios, not at one.
 
 # %%
 if failure_labs:
-    crowded = {name: "8" for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")}
+    too_many = str(8 * cores_per_rank)
+    crowded = {name: too_many for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")}
     with ranks.start(n_ranks) as fair, ranks.start(n_ranks, env=crowded) as crowd:
         rates = {"fair": [], "crowd": []}
         for _ in range(3):  # in turns, so that both see the same disturbances
@@ -684,10 +692,10 @@ if failure_labs:
                 table = lab.run(time_steps, batch, timing_size, 3, ("update",))[0]
                 rates[name].append(table["samples_per_s"].median())
     ratios = np.array(rates["crowd"]) / np.array(rates["fair"])
-    print(f"samples/s with eight threads per rank, relative to a fair share: {ratios.round(2).tolist()}")
+    print(f"samples/s with eight times as many threads, relative to a fair share: {ratios.round(2).tolist()}")
 
 # %% [markdown]
-# **Lab 3, a rank dies.** Out of memory, a broken node, an impatient colleague: on thousands of nodes one of them fails every day. First the plain run.
+# **Lab 3, a rank dies.** Out of memory, a broken node, an impatient colleague: on thousands of nodes one of them fails every day. First an ordinary run.
 
 
 # %%
@@ -712,7 +720,7 @@ if failure_labs:
         assert "rank 1 was ended by SIGKILL" in str(error)
 
 # %% [markdown]
-# The run is lost, and the last checkpoint is what remains. **Elastic** training loses less: each rank keeps a copy of the last commit in memory, and when one disappears the others go back to it and go on without. Their global batch is smaller then; a careful program adapts its learning rate.
+# The run is lost, and what remains is the last *checkpoint*, a copy of the weights on disk. **Elastic** training loses less: each rank keeps a copy in memory as well (`state.commit()`). When a rank disappears, the others go back to that copy and go on without it. They take fewer samples per step then; a careful program adapts its learning rate. `elastic_launch` starts ranks of its own, and Horovod on them.
 
 
 # %%
@@ -829,7 +837,7 @@ assert max(efficiency_32, efficiency_128) <= 1, "Give a fraction of 1, not per c
 assert abs(efficiency_32 - 0.75) < 0.01, "One rank needs 90 ms per step, many ranks 120 ms for the same work per rank."
 assert efficiency_128 > efficiency_32, "Computing grows with the batch, the allreduce does not: the efficiency rises."
 assert abs(efficiency_128 - 360 / 390) < 0.01, "360 ms of computing, and still 30 ms of allreduce."
-print("Right. This is one half of the case for large batches; notebook 05 is about the other half.")
+print("Right. This is the case for large batches; notebook 05 is about the case against them.")
 
 # %%
 world.stop()
@@ -838,6 +846,7 @@ world.stop()
 import shutil
 
 shutil.rmtree(directory)
+# what this notebook has claimed
 assert max(by_hand) < 1e-12
 assert equality.iloc[0] == 0 and equality.iloc[1] < 1e-6
 assert largest_difference(trap["stock"][0], trap["stock"][-1]) > 1e-3, "the stock binding reduces after all"
@@ -847,7 +856,7 @@ assert "no longer agree" in caught
 assert abs(errors["together"][-1] - errors["alone"][-1]) < 1.0 and errors["together"][-1] < 8
 assert trained["loss"][-1] < 0.85 * guess_error, "the network did not learn"
 assert error_of[1] / spread[1] < 0.8, "sigma_8 should be clearly better than the mean"
-assert (split["largest difference to the whole network"] < 1e-6).all()
+assert (split_table["largest difference to the whole network"] < 1e-6).all()
 if others_cores < 0.5:
     assert passes > 0.5 * whole_step, "the two passes should take most of a step"
 else:
