@@ -180,7 +180,7 @@ def busy_loops() -> list[subprocess.Popen]:
 def test_an_interrupt_at_any_moment_of_a_start_on_busy_cores_is_raised_and_leaves_nothing(traces: Traces) -> None:
     """As often as the environment variable KILLS says; the moments are spread over what one whole start takes."""
     code = f"import time\nfrom nurion_utils import ranks\nprint({READY!r}, flush=True)\nranks.start(2)\n"
-    kills = int(os.environ.get("KILLS", "12"))
+    kills = int(os.environ.get("KILLS", "5"))
     loops = busy_loops()
     try:
         script = run_script(traces, code + "print('started', flush=True)")
