@@ -50,10 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _carry_out(options: argparse.Namespace, comm: Any) -> tuple[str, dict[str, Any]]:
     """What there is to say of it, in words and in numbers."""
-    if options.purge == (options.source is not None):
+    if options.purge == (options.source is not None) or (options.purge and (options.verify or options.dry_run)):
         raise StageError("give a source and a destination, or --purge and the destination alone")
-    if options.purge and (options.verify or options.dry_run):
-        raise StageError("--purge goes with no other option than --json")
     if options.purge:
         removed = stager.purge(options.destination) if comm is None or comm.rank == 0 else 0
         return f"{removed:,} files removed", {"removed_files": removed}
@@ -61,8 +59,7 @@ def _carry_out(options: argparse.Namespace, comm: Any) -> tuple[str, dict[str, A
         plan = stager.plan(options.source, options.destination, comm.size if comm else 1, options.replicate)
         sums = {"files": len(plan.files), "bytes": plan.bytes, "staged_files": len(plan.staged)}
         return str(plan), {**sums, "ranks": plan.table().to_dict("records")}
-    where = options.source, options.destination, comm
-    report = stager.stage(*where, replicate=options.replicate, verify=options.verify)
+    report = stager.stage(options.source, options.destination, comm, replicate=options.replicate, verify=options.verify)
     return str(report), asdict(report)
 
 

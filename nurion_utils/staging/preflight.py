@@ -131,7 +131,5 @@ def _require_room(destination: str, files: Sequence[File], others: int) -> None:
         )
     inodes = len(files) + others + 8  # 8 for our records
     if room.f_files and inodes > room.f_favail:  # no limit where f_files is 0
-        raise StageError(
-            f"{destination!r} has room for {room.f_favail:,} more files, and {inodes:,} are needed; pack them into "
-            "fewer, larger ones, or choose another destination"
-        )
+        found = f"{destination!r} has room for {room.f_favail:,} more files, and {inodes:,} are needed"
+        raise StageError(f"{found}; pack them into fewer, larger ones, or choose another destination")
