@@ -16,6 +16,8 @@ from keras.optimizers import SGD, LossScaleOptimizer, MultiOptimizer, OptimizerM
 from nurion_utils.large_batch.optimizers import LARS, CorrectedSGD, Lamb
 from nurion_utils.training import DistributedOptimizer
 
+pytestmark = pytest.mark.tensorflow
+
 STEPS, BATCH = 20, 4
 few = settings(max_examples=25, deadline=None)
 rates = st.floats(2.0**-10, 1.0, width=32)  # Keras holds a rate in float32,

@@ -27,6 +27,8 @@ from nurion_utils.large_batch import (
 from nurion_utils.large_batch.recipes import RecipeError
 from nurion_utils.ranks import RankError
 
+pytestmark = pytest.mark.tensorflow
+
 TASK = DigitsTask(samples=1024)
 BY_OPTIMIZER = {
     "sgd": {"warmup": "gradual", "warmup_epochs": 1},

@@ -295,6 +295,7 @@ assert not subprocess.run(['diff', '-r', '-x', '.nurion-stage', 'source', 'disk/
 # -- extremes ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_empty_files_arrive(tmp_path):
     for i in range(100_000):
         if i % 1000 == 0:
