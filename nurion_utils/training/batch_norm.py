@@ -20,8 +20,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     """Batch normalisation with the statistics of all ranks' samples.
 
     P ranks with B samples each then normalise as one rank with P x B does, also if some have fewer samples, and all
-    hold the same moving statistics.  Parameters and call are those of `keras.layers.BatchNormalization`, which this
-    is on one rank.  (Horovod's layer of this name passes ``fused=`` on to Keras, and Keras 3 knows no such argument.)
+    hold the same moving statistics. Parameters and call are those of `keras.layers.BatchNormalization`, which this
+    is on one rank. (Horovod's layer of this name passes ``fused=`` on to Keras, and Keras 3 knows no such argument.)
 
     Notes
     -----

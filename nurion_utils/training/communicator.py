@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import cloudpickle
 import numpy as np
 
 if TYPE_CHECKING:
@@ -23,67 +23,35 @@ except ImportError:  # it cannot be built everywhere
 PIECE_BYTES = 2**30  # MPI and Horovod count in 32 bits, so a message of 2 GiB in bytes is too long for them
 
 
+@dataclass(frozen=True)
 class Communicator:
     """All ranks, with the few names of an mpi4py communicator that training needs; arrays may be of any size."""
 
     rank: int
     size: int
-
-    def allgather(self, value: Any) -> list:
-        """The values of all ranks, in the order of the ranks."""
-        raise NotImplementedError
+    allgather: Callable[[Any], list]  # the values of all ranks, in the order of the ranks
+    broadcast: Callable[[np.ndarray, int], None]  # of at most `PIECE_BYTES`
 
     def Bcast(self, array: np.ndarray, root: int) -> None:  # as mpi4py calls it
         """Fill a contiguous array of any type with that of `root`."""
         flat = array.reshape(-1).view(np.uint8)  # bytes: neither Horovod nor MPI knows bfloat16
         for begin in range(0, flat.size, PIECE_BYTES):
-            self._broadcast(flat[begin : begin + PIECE_BYTES], root)
-
-    def bcast(self, value: Any, root: int = 0) -> Any:
-        """Whatever can be pickled, from `root`."""
-        data = np.frombuffer(cloudpickle.dumps(value) if self.rank == root else b"", np.uint8).copy()
-        size = np.array([data.size])
-        self.Bcast(size, root)
-        if self.rank != root:
-            data = np.empty(size[0], np.uint8)
-        self.Bcast(data, root)
-        return value if self.rank == root else pickle.loads(data)
-
-    def _broadcast(self, piece: np.ndarray, root: int) -> None:
-        raise NotImplementedError
-
-
-class _OverHorovod(Communicator):
-    rank = property(lambda self: hvd.rank())
-    size = property(lambda self: hvd.size())
-
-    def allgather(self, value: Any) -> list:
-        return hvd.allgather_object(value, name="nurion_allgather")
-
-    def _broadcast(self, piece: np.ndarray, root: int) -> None:
-        piece[...] = hvd.broadcast(piece, root).numpy()
-
-
-class _OverMPI(Communicator):
-    def __init__(self) -> None:
-        from mpi4py.MPI import COMM_WORLD
-
-        self._world, self.rank, self.size = COMM_WORLD, COMM_WORLD.rank, COMM_WORLD.size
-
-    def allgather(self, value: Any) -> list:
-        return self._world.allgather(value)
-
-    def _broadcast(self, piece: np.ndarray, root: int) -> None:
-        self._world.Bcast(piece, root)
+            self.broadcast(flat[begin : begin + PIECE_BYTES], root)
 
 
 def communicator(without_horovod: bool = False) -> Communicator:
     """All ranks over Horovod; over MPI if Horovod is missing, or was not started and is not wanted."""
     if hvd is None or (without_horovod and not hvd.is_initialized()):
-        return _OverMPI()
+        from mpi4py.MPI import COMM_WORLD as world
+
+        return Communicator(world.rank, world.size, world.allgather, world.Bcast)
     if not hvd.is_initialized():
         hvd.init()
-    return _OverHorovod()
+
+    def broadcast(piece: np.ndarray, root: int) -> None:
+        piece[...] = hvd.broadcast(piece, root).numpy()
+
+    return Communicator(hvd.rank(), hvd.size(), partial(hvd.allgather_object, name="nurion_allgather"), broadcast)
 
 
 def digest(data: bytes) -> int:

@@ -21,7 +21,6 @@ from horovod.common.exceptions import HorovodInternalError
 
 from nurion_utils.ranks.launchers.elastic import elastic_launch
 from nurion_utils.training.callbacks import broadcast_model
-from nurion_utils.training.communicator import communicator
 from nurion_utils.training.optimizer import variables_of
 
 __all__ = ["ElasticState", "elastic_launch", "elastic_run"]
@@ -47,7 +46,7 @@ class ElasticState(ObjectState):
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         self.model = model
-        super().__init__(bcast_object=communicator().bcast, get_rank=hvd.rank, **counters)
+        super().__init__(bcast_object=hvd.broadcast_object, get_rank=hvd.rank, **counters)
         self.save()
 
     def _variables(self) -> list[keras.Variable]:

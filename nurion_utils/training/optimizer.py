@@ -1,8 +1,8 @@
 """Keras 3 optimizers that average their gradients over all ranks.
 
-Horovod's own Keras binding hooks methods that Keras 3 never calls: training runs, and every rank trains alone.
-Here the hook sits where Keras 3 passes by exactly once per update, between the accumulation of gradients and
-their clipping. So P ranks with a batch of B take the same steps as one rank with a batch of P x B.
+Horovod's own Keras binding hooks methods that Keras 3 never calls: training runs, and every rank trains alone. Here
+the hook sits where Keras 3 passes by once per update, between the accumulation of gradients and their clipping. So P
+ranks with a batch of B take the same steps as one rank with a batch of P x B.
 """
 
 from __future__ import annotations
@@ -16,18 +16,13 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from nurion_utils.training.communicator import hvd
+from nurion_utils.training.communicator import communicator, hvd
 from nurion_utils.training.reduction import HorovodReduction, PluggedReduction, as_agreed, kind_of
-
-AVERAGE = hvd.Average if hvd else None
-UNCOMPRESSED = hvd.Compression.none if hvd else None
 
 
 def DistributedOptimizer(  # the name that the field knows
     optimizer: keras.optimizers.Optimizer,
     *,
-    op: Any = AVERAGE,
-    compression: Any = UNCOMPRESSED,
     reducer: Callable[[np.ndarray], None] | None = None,
     observer: Callable[[list, Callable[[list], list], int], list] | None = None,
 ) -> keras.optimizers.Optimizer:
@@ -35,25 +30,22 @@ def DistributedOptimizer(  # the name that the field knows
 
     >>> model.compile(optimizer=DistributedOptimizer(keras.optimizers.Adam(1e-3)), loss="mse")  # doctest: +SKIP
 
-    The optimizer itself is taken over, not copied: slots, iterations, learning-rate schedules and exclusions
-    from weight decay stay, so training resumes from a saved model with ``DistributedOptimizer(model.optimizer)``
-    on any number of ranks. It saves as the plain Keras optimizer it was, and loads without this package.
+    The optimizer itself is taken over, not copied, with all that it has learned and excludes; so a saved model goes on
+    with ``DistributedOptimizer(model.optimizer)`` on any number of ranks. It saves as the plain Keras optimizer it
+    was, and loads without this package.
 
     Parameters
     ----------
     optimizer : keras.optimizers.Optimizer
-        Any optimizer of Keras 3 or derived from one, `LossScaleOptimizer` and `MultiOptimizer` included. Under
-        the global policy ``mixed_float16`` it gets the `LossScaleOptimizer` that ``compile`` would put around it.
-    op : Horovod's Average, Sum, Adasum, Min, Max or Product
-        How Horovod combines the gradients; Adasum needs 2^k ranks.
-    compression : horovod.tensorflow.Compression.none or .fp16, or a class with their two methods
+        Any of Keras 3 or derived from one, `LossScaleOptimizer` and `MultiOptimizer` included. Under the global policy
+        ``mixed_float16`` it gets the `LossScaleOptimizer` that ``compile`` would put around it.
     reducer : callable, optional
         Averages in Horovod's place: it gets all gradients as one flat array (float32, or float64 if one of them
         is) and must average it over the ranks in place. Horovod is not initialised then, and need not be installed.
     observer : callable, optional
-        Sees the gradients before and after, such as `nurion_utils.large_batch.NoiseScale`. It is called with this
-        rank's gradients, with the function that averages such a list, and with how many accumulated batches they
-        are means of; it must return the averages. A scalar that it adds to the list travels in the same message.
+        Sees the gradients before and after, such as `nurion_utils.large_batch.NoiseScale`: called with this rank's
+        gradients, the function that averages such a list, and how many accumulated batches they are means of, it
+        returns the averages. A scalar that it adds to the list travels in the same message.
 
     Raises
     ------
@@ -62,41 +54,39 @@ def DistributedOptimizer(  # the name that the field knows
     TypeError
         If `optimizer` is not a Keras 3 optimizer, or is, or wraps, Horovod's own wrapper around one.
     ValueError
-        If the optimizer is distributed already, or `op`, `compression`, `reducer` and `observer` do not go together.
-        Later, when the training step is traced: if it is to be compiled with XLA (Horovod's operations cannot
-        be), if the model trains in float8, whose scales each rank would keep for itself, or, on all ranks, if they
-        do not train the same variables.
+        If the optimizer is distributed already, or it is a `MultiOptimizer` and has an `observer`. Later, when the
+        training step is traced: if it is to be compiled with XLA (Horovod's operations cannot be), if the model
+        trains in float8, whose scales each rank would keep for itself, or, on all ranks, if they do not train the
+        same variables.
 
     Notes
     -----
-    One grouped allreduce per update and dtype, also with ``gradient_accumulation_steps``. Loss scaling adds the
-    allreduce of one number per batch: an overflow on one rank makes all ranks skip the step.
+    One grouped allreduce per update and dtype, also with ``gradient_accumulation_steps``. Loss scaling adds that of
+    one number per batch: an overflow on one rank makes all ranks skip the step. A variable without a gradient (None)
+    on all ranks is left alone, as by Keras. If ranks differ in that, from then on a None counts as zero, for all.
 
-    In the first step ranks compare which gradients they have. A variable without one (None) on all ranks is left
-    alone, as by Keras. If ranks differ, from then on a None counts as zero, for all variables.
-
-    Sparse gradients (of embeddings) are gathered, so each rank holds the slices of all; with a `reducer`, or an
-    `op` other than Average and Sum, they are made dense first, and then ``clipnorm`` and Adam's moments differ from
-    those of plain Keras, which clips and squares each slice by itself where a row occurs twice in a batch.
+    Sparse gradients (of embeddings) are gathered, so each rank holds the slices of all; with a `reducer` they are made
+    dense first, and then ``clipnorm`` and Adam's moments differ from those of plain Keras, which clips and squares
+    each slice by itself where a row occurs twice in a batch.
 
     `hvd.init` is called if it was not. On a single rank nothing is reduced.
     """
     _require_undistributed(optimizer)
-    if reducer is None:
-        reduction = _horovod(op, compression)
-    else:
-        if op != AVERAGE or compression is not UNCOMPRESSED:
-            raise ValueError("op and compression are Horovod's; with a reducer of your own, leave them out")
-        if not callable(reducer):
-            raise TypeError(f"reducer must be a function that averages an array in place, not {reducer!r}")
-        reduction = PluggedReduction(reducer)
+    if reducer is None and hvd is None:
+        raise ImportError(
+            "Horovod cannot be imported here: pass reducer=, a function that averages an array over the ranks in "
+            "place, such as one that calls mpi4py's MPI.COMM_WORLD.Allreduce"
+        )
+    if reducer is not None and not callable(reducer):
+        raise TypeError(f"reducer must be a function that averages an array in place, not {reducer!r}")
     if observer is not None:
         if not callable(observer):
             raise TypeError(f"observer must be callable, such as NoiseScale(batch_per_rank=32), not {observer!r}")
-        if op != AVERAGE or compression is not UNCOMPRESSED:
-            raise ValueError("an observer compares gradients with their exact average: leave op and compression out")
         if any(isinstance(each, keras.optimizers.MultiOptimizer) for each in nested(optimizer)):
             raise ValueError("an observer must see all gradients at once, but a MultiOptimizer divides them")
+    if reducer is None:
+        communicator()  # starts Horovod
+    reduction = HorovodReduction() if reducer is None else PluggedReduction(reducer)
     scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     if keras.config.dtype_policy().name == "mixed_float16" and not scaled and not optimizer.built:
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
@@ -135,21 +125,6 @@ def _require_undistributed(optimizer: Any) -> None:
                 "this optimizer comes from Horovod's own DistributedOptimizer, which reduces nothing under Keras 3; "
                 "pass the plain Keras optimizer instead"
             )
-
-
-def _horovod(op: Any, compression: Any) -> HorovodReduction:
-    if hvd is None:
-        raise ImportError(
-            "Horovod cannot be imported here: pass reducer=, a function that averages an array over the ranks in "
-            "place, such as one that calls mpi4py's MPI.COMM_WORLD.Allreduce"
-        )
-    if op not in (hvd.Average, hvd.Sum, hvd.Adasum, hvd.Min, hvd.Max, hvd.Product):
-        raise ValueError(f"op must be one of Horovod's, such as hvd.Average, not {op!r}")
-    if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
-        raise ValueError(f"compression must be one of hvd.Compression, not {compression!r}")
-    if not hvd.is_initialized():
-        hvd.init()
-    return HorovodReduction(op, compression)
 
 
 class _Distributed:

@@ -33,11 +33,7 @@ def as_agreed(gradient: Any, variable: keras.Variable, kind: str) -> Any:
     return tf.convert_to_tensor(gradient) if kind == "dense" else gradient
 
 
-@dataclass(frozen=True)
 class HorovodReduction:
-    op: Any
-    compression: Any
-
     @property
     def is_needless(self) -> bool:
         # A graph that is traced on one rank of an elastic job may later run on several.
@@ -63,17 +59,16 @@ class HorovodReduction:
             averages = list(gradients)
             dense: dict[tf.DType, list[int]] = {}
             for i, gradient in enumerate(gradients):
-                if isinstance(gradient, tf.IndexedSlices) and self.op in (hvd.Average, hvd.Sum):
+                if isinstance(gradient, tf.IndexedSlices):
                     averages[i] = self._gather(gradient, f"{name}_{i}")
                 else:
                     averages[i] = _without_bfloat16(tf.convert_to_tensor(gradient))
                     dense.setdefault(averages[i].dtype, []).append(i)
-            how = {"op": self.op, "compression": self.compression, "ignore_name_scope": True}
-            for dtype, group in dense.items():  # Horovod wants groups of one dtype, and for Adasum no group at all
-                if self.op == hvd.Adasum:
-                    received = [hvd.allreduce(averages[i], name=f"{name}_{i}", **how) for i in group]
-                else:
-                    received = hvd.grouped_allreduce([averages[i] for i in group], name=f"{name}_{dtype.name}", **how)
+            for dtype, group in dense.items():  # Horovod wants groups of one dtype
+                sent = [averages[i] for i in group]
+                received = hvd.grouped_allreduce(
+                    sent, op=hvd.Average, name=f"{name}_{dtype.name}", ignore_name_scope=True
+                )
                 for i, average in zip(group, received, strict=True):
                     averages[i] = tf.cast(average, gradients[i].dtype)
             return averages
@@ -84,8 +79,7 @@ class HorovodReduction:
         values = _without_bfloat16(slices.values)
         values = hvd.allgather(values, name=f"{name}_values", ignore_name_scope=True)
         indices = hvd.allgather(slices.indices, name=f"{name}_indices", ignore_name_scope=True)
-        if self.op == hvd.Average:
-            values /= tf.cast(hvd.size_op(), values.dtype)
+        values /= tf.cast(hvd.size_op(), values.dtype)
         return tf.IndexedSlices(tf.cast(values, slices.dtype), indices, slices.dense_shape)
 
     def is_true_anywhere(self, condition: tf.Tensor, name: str) -> tf.Tensor:

@@ -216,8 +216,6 @@ def test_a_reducer_of_ones_own_is_measured_as_horovod_is(world2):
 def refusals() -> dict[str, str]:
     import os
 
-    import horovod.tensorflow as hvd
-
     from nurion_utils.training import DistributedOptimizer
 
     def train_embedding():
@@ -239,8 +237,6 @@ def refusals() -> dict[str, str]:
         "elastic": elastic,
         "not measured": noise.table,
         "observer": lambda: DistributedOptimizer(SGD(), observer=32),
-        "op": lambda: DistributedOptimizer(SGD(), op=hvd.Sum, observer=noise),
-        "compression": lambda: DistributedOptimizer(SGD(), compression=hvd.Compression.fp16, observer=noise),
         "several": lambda: DistributedOptimizer(several(), observer=noise),
         "several scaled": lambda: DistributedOptimizer(LossScaleOptimizer(several()), observer=noise),
         "sparse": train_embedding,
@@ -261,8 +257,6 @@ REMEDIES = {
     "elastic": "ValueError: the noise scale needs the same ranks from start to end; measure it without elastic_run",
     "not measured": "ValueError: no step has been measured yet; train first",
     "observer": "TypeError: observer must be callable, such as NoiseScale(batch_per_rank=32), not 32",
-    "op": "ValueError: an observer compares gradients with their exact average: leave op and compression out",
-    "compression": "ValueError: an observer compares gradients with their exact average",
     "several": "ValueError: an observer must see all gradients at once, but a MultiOptimizer divides them",
     "several scaled": "ValueError: an observer must see all gradients at once",
     "sparse": "ValueError: the noise scale needs dense gradients",

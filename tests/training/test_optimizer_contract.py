@@ -78,9 +78,6 @@ def refusals() -> dict[str, str]:
         "wrapped": lambda: LossScaleOptimizer(DistributedOptimizer(SGD())),
         "divided": lambda: MultiOptimizer(OptimizerMap(DistributedOptimizer(SGD()))),
         "compile of a mixed model": compile_mixed,
-        "op": lambda: DistributedOptimizer(SGD(), op="mean"),
-        "compression": lambda: DistributedOptimizer(SGD(), compression="fp16"),
-        "op of a reducer": lambda: DistributedOptimizer(SGD(), op=horovod.keras.Sum, reducer=average),
         "reducer": lambda: DistributedOptimizer(SGD(), reducer=0.5),
         "reducer that returns": lambda: train(DistributedOptimizer(SGD(), reducer=lambda gradients: gradients / 2)),
         "XLA": train_with_xla,
@@ -98,9 +95,6 @@ REMEDIES = {
     "wrapped": "DistributedOptimizer(LossScaleOptimizer(optimizer))",
     "divided": "a distributed optimizer cannot be wrapped",
     "compile of a mixed model": "DistributedOptimizer(LossScaleOptimizer(optimizer))",
-    "op": "op must be one of Horovod's, such as hvd.Average, not 'mean'",
-    "compression": "compression must be one of hvd.Compression, not 'fp16'",
-    "op of a reducer": "with a reducer of your own, leave them out",
     "reducer": "reducer must be a function that averages an array in place, not 0.5",
     "reducer that returns": "it must average the one it gets in place",
     "XLA": "ValueError: XLA cannot compile a training step that communicates: use compile(..., jit_compile=False)",
@@ -219,7 +213,7 @@ def branches(world, of_rank, how="horovod", optimizer=lambda: SGD(0.1), steps=1,
         table.build()
         variables = [*model.trainable_weights, *table.trainable_weights]
         hvd.init()
-        settings = {"reducer": average} if how == "reducer" else {"op": hvd.Sum} if how == "sum" else {}
+        settings = {"reducer": average} if how == "reducer" else {}
         distributed = DistributedOptimizer(optimizer(), **settings)
         distributed.build(variables)
         before = [v.numpy() for v in variables]
@@ -301,34 +295,6 @@ def test_ranks_that_train_different_variables_are_refused_with_the_first_that_di
     assert "of the 1 of rank 1 number 0 is b" in fewer
     assert "of shape (4,)" in wider and "of shape (3,)" in wider
     assert "type float64" in other and "type float32" in other
-
-
-def test_op_and_compression_reach_horovod(world2):
-    def steps():
-        import horovod.tensorflow as hvd
-
-        from nurion_utils.training import DistributedOptimizer
-
-        def step(gradient, **how):
-            variable = keras.Variable([0.0, 0.0])
-            DistributedOptimizer(SGD(1.0), **how).apply([tf.constant(gradient)], [variable])
-            return (-variable.numpy()).tolist()
-
-        hvd.init()
-        across = [[1.0, 0.0], [0.0, 1.0]][hvd.rank()]
-        return (
-            step(across),
-            step(across, op=hvd.Sum),
-            step(across, op=hvd.Adasum),
-            step([2.0, 0.0], op=hvd.Adasum),
-            step([1 / 3, 1.0], compression=hvd.Compression.fp16),
-        )
-
-    average, total, adasum_across, adasum_along, compressed = world2.run(steps)[0]
-    assert average == [0.5, 0.5]
-    assert total == adasum_across == [1.0, 1.0]
-    assert adasum_along == [2.0, 0.0]
-    assert compressed == [float(np.float16(1 / 3)), 1.0]
 
 
 def test_ranks_that_have_made_different_layers_and_optimizers_still_find_each_other(world2):

@@ -84,10 +84,10 @@ def test_all_callbacks_work_over_mpi(world):
                 losses[self.where].append(logs["loss"])
 
         callbacks = [
-            BroadcastCallback(root=1),
-            SyncCheckCallback(every_steps=1),
+            BroadcastCallback(),
+            SyncCheckCallback(),
             Note("own"),
-            MetricAverageCallback(samples=1 + 2 * rank()),
+            MetricAverageCallback(),
             Note("averaged"),
         ]
         optimizer = DistributedOptimizer(SGD(0.1 * (1 + rank())), reducer=average)
@@ -95,14 +95,14 @@ def test_all_callbacks_work_over_mpi(world):
         return weights, float(optimizer.learning_rate), losses
 
     (weights0, rate0, losses0), (weights1, rate1, losses1) = world.run(fit, timeout_s=240)
-    alone = train(perceptron(1), SGD(0.2), samples(), epochs=2)
+    alone = train(perceptron(0), SGD(0.1), samples(), epochs=2)
     for on0, on1, single in zip(weights0, weights1, alone, strict=True):
         np.testing.assert_array_equal(on0, on1)
         np.testing.assert_allclose(on0, single, rtol=0, atol=1e-6)
-    assert rate0 == rate1 == np.float32(0.2)
+    assert rate0 == rate1 == np.float32(0.1)
     assert losses0["own"] != losses1["own"]
-    weighted = np.average([losses0["own"], losses1["own"]], axis=0, weights=[1, 3])
-    assert losses0["averaged"] == losses1["averaged"] == pytest.approx(weighted.tolist())
+    mean = np.mean([losses0["own"], losses1["own"]], axis=0)
+    assert losses0["averaged"] == losses1["averaged"] == pytest.approx(mean.tolist())
 
 
 def test_bfloat16_weights_are_broadcast_too(world):
@@ -123,19 +123,15 @@ def test_bfloat16_weights_are_broadcast_too(world):
     np.testing.assert_array_equal(after1, before0)
 
 
-def test_a_rank_that_drifts_and_a_root_that_is_no_rank_are_named(world):
-    def attempts():
-        from nurion_utils.training import BroadcastCallback, SyncCheckCallback
+def test_a_rank_that_drifts_is_named(world):
+    def attempt():
+        from nurion_utils.training import SyncCheckCallback
 
-        return [
-            outcome(lambda: train(perceptron(), SGD(0.1), mine(), SyncCheckCallback())),
-            outcome(lambda: train(perceptron(), SGD(0.1), mine(), BroadcastCallback(root=2))),
-        ]
+        train(perceptron(), SGD(0.1), mine(), SyncCheckCallback())
 
-    for drift, root in world.run(attempts, timeout_s=240):
+    for drift in world.run(outcome, attempt, timeout_s=240):
         assert drift.startswith("RuntimeError: ranks no longer agree after epoch 1: ")
         assert "on rank 1 differs from rank 0's by up to" in drift
-        assert root == "ValueError: root must be a whole number from 0 to 1, not 2"
 
 
 def test_without_a_reducer_the_error_names_it_as_the_remedy(world):
@@ -149,15 +145,6 @@ def test_without_a_reducer_the_error_names_it_as_the_remedy(world):
             "ImportError: Horovod cannot be imported here: pass reducer=, a function that averages an array over the "
             "ranks in place, such as one that calls mpi4py's MPI.COMM_WORLD.Allreduce"
         )
-
-
-def test_settings_of_horovod_are_refused_beside_a_reducer(world):
-    def distribute():
-        from nurion_utils.training import DistributedOptimizer
-
-        DistributedOptimizer(SGD(0.1), reducer=average, op="sum")
-
-    assert world.run(outcome, distribute)[0].endswith("with a reducer of your own, leave them out")
 
 
 def test_where_horovod_is_installed_a_reducer_does_not_start_it_through_the_callbacks(world2):
