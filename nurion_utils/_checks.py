@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+import numbers
+from collections.abc import Collection, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,7 +15,7 @@ def whole_number(
     value: Any, name: str, least: int = 1, most: int | None = None, error: type[Exception] = ValueError
 ) -> int:
     """`value` as an int; `error` unless it is a whole number from `least` up, and to `most` if that is given."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):
         limits = f"from {least:,} up" if most is None else f"from {least:,} to {most:,}"
         raise error(f"{name} must be a whole number {limits}, not {value!r}")
@@ -34,9 +33,8 @@ def number(
 ) -> float:
     """`value` as a float; `error` unless it is finite, more than `above`, at least `least` and at most `most`."""
     limits = {"above": above, "from": least, "up to": most}
-    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     try:
-        valid = real and math.isfinite(value)
+        valid = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # a whole number that no float can hold
         valid = False
     valid = valid and (above is None or value > above) and (least is None or value >= least)
@@ -53,12 +51,9 @@ def positive(value: Any, name: str, error: type[Exception] = ValueError) -> floa
 
 def one_of(value: Any, name: str, allowed: Collection[Any], error: type[Exception] = ValueError) -> Any:
     """`value`; `error` unless it is one of `allowed`."""
-    try:
-        if value in allowed:
-            return value
-    except TypeError:  # it cannot be compared, so it is not one of them
-        pass
-    raise error(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+    if not isinstance(value, Hashable) or value not in list(allowed):
+        raise error(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+    return value
 
 
 def require_columns(table: pd.DataFrame, names: Sequence[str]) -> None:

@@ -1,5 +1,7 @@
 """Is this environment fit for distributed training, and if not, what would mend it?"""
 
+from __future__ import annotations
+
 import os
 import shutil
 import sys
@@ -12,31 +14,22 @@ if TYPE_CHECKING:
     from nurion_utils.ranks import World
 
 PACKAGES = ("tensorflow-cpu", "keras", "horovod", "mpi4py", "mpich", "ipyparallel")
+AFRESH = "remove .venv and run make setup"
 REMEDIES = dict.fromkeys(PACKAGES, "Run make setup.") | {
     "Python": "Set up again with Python 3.11.",
-    "cores busy with something else": (
-        "Timings will be noisy: end other programs, or read only ratios measured in one run."
-    ),
+    "cores busy with something else": "Timings will be noisy: end other programs, or read only ratios of one run.",
     "free memory": "A rank with TensorFlow takes about 1 GB: start fewer ranks or end other programs.",
-    "free shared memory (/dev/shm)": (
-        "MPI exchanges messages through /dev/shm: in a container, start it with a larger --shm-size."
-    ),
+    "free shared memory (/dev/shm)": "MPI needs it for messages: in a container, start that with a larger --shm-size.",
     "ranks in order": "Restart the ranks: world.restart().",
     "cores per rank": "Ranks sit on the same cores: start them with ranks.start.",
-    "MPI adds up the rank numbers": (
-        "mpi4py uses another MPI than the one that started the ranks: remove .venv and run make setup."
-    ),
-    "Horovod adds up the rank numbers": (
-        "Horovod does not see all ranks: it was built without MPI; remove .venv and run make setup."
-    ),
-    "operations Horovod was built with": (
-        "Horovod was built elsewhere: remove .venv and run make setup to build it with MPI, Gloo and oneCCL."
-    ),
+    "MPI adds up the rank numbers": f"mpi4py uses another MPI than the one that started the ranks: {AFRESH}.",
+    "Horovod adds up the rank numbers": f"Horovod does not see all ranks: it was built without MPI; {AFRESH}.",
+    "operations Horovod was built with": f"Horovod was built elsewhere: {AFRESH}, for MPI, Gloo and oneCCL.",
     "operation in use": "HOROVOD_CPU_OPERATIONS is set in your environment: unset it, the ranks choose MPI.",
 }
 
 
-def report(world: "World") -> "pd.DataFrame":
+def report(world: World) -> pd.DataFrame:
     """Check this machine and the ranks of `world`.
 
     Returns

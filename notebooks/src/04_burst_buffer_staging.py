@@ -612,7 +612,7 @@ print(jobs.job_script("nurion", "/scratch/$USER/imagenet", 'python train.py "$DA
 # %% [markdown]
 # (If the time runs out, the batch system ends the job before it has written back: ask for more hours than you need.)
 #
-# **The trap.** After the training the burst buffer should be freed, and out of habit one types `rm -r`. But `/scratch_ime/you/imagenet` and `/scratch/you/imagenet` are two views of one file, of which the buffer may hold a second set of bytes. `rm` in either view **deletes the file, the original**. To drop only the buffer's bytes, purge with `ime-ctl -p`, or from Python with `jobs.Ime("nurion").purge([...])`, which first writes back what has changed.
+# **The trap.** After the training the burst buffer should be freed, and out of habit one types `rm -r`. But `/scratch_ime/you/imagenet` and `/scratch/you/imagenet` are two views of one file, of which the buffer may hold a second set of bytes. `rm` in either view **deletes the file, the original**. To drop only the buffer's bytes, write back what has changed with `ime-ctl -r --block`, then purge with `ime-ctl -p`, as the script above does.
 #
 # Do not mix that up with `staging.purge`, which removes the copies that `stage` has made elsewhere. The functions of this package refuse to write or remove anything under `/scratch_ime`, also when it is reached through a link. (Programs of your own can ask, too: `jobs.guard(path)` raises a `BurstBufferError` for such a path.) Your shell does not refuse.
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from nurion_utils import sites
 from nurion_utils._checks import number, one_of, whole_number
-from nurion_utils.jobs.burst_buffers import BLOCK, RECURSIVE, BurstBufferError, Ime
+from nurion_utils.jobs.burst_buffers import BLOCK, RECURSIVE, BurstBufferError, path_in_ime
 
 # What a scheduler reads of a burst buffer that is made for the job (NERSC's examples; nearnodeflash.github.io).
 DIRECTIVES = {
@@ -188,8 +188,8 @@ def _no_buffer(job: Job) -> tuple[list[str], list[str]]:
 
 
 def _ime(job: Job) -> tuple[list[str], list[str]]:
-    ime, buffer = Ime(job.site), job.site.burst_buffer
-    data, results = map(ime.path_in_buffer, (job.source, job.results))
+    buffer = job.site.burst_buffer
+    data, results = (path_in_ime(job.site, path) for path in (job.source, job.results))
     return [], [
         "# The same files as on the shared file system, as the burst buffer shows them.",
         f"# TAKE CARE: {buffer.warning or 'never rm here: it deletes the originals'}",

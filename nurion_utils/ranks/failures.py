@@ -24,8 +24,8 @@ MACHINERY = re.compile(
     r"|^I\d{4} "
 )
 LAST_LINES = 12
-# What Horovod's stall check logs: which ranks have not submitted what others wait for; the last line of it only
-# when it gives up.
+# What Horovod's stall check logs: which ranks have not submitted what others wait for; the last line, and the marks
+# of the ranks that it is about, only when it gives up.
 MISSING = re.compile(r"Missing ranks:\n((?:\d+!?: \[.*\]\n)+)")
 STALL = re.compile(MISSING.pattern + r'One or more rank \(marked by "!"\).*? than (\d+) seconds')
 
@@ -148,13 +148,9 @@ def _what(error: Any) -> str:
     return f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
 
 
-def missing(lines: str) -> dict[str, list[int]]:
-    """Ranks by the tensors that Horovod misses of them; `lines` is what `MISSING` found."""
-    ranks_by_tensors: dict[str, list[int]] = {}
-    for rank, tensors in re.findall(r"(\d+)!?: \[(.*)\]\n", lines):
-        first, *more = tensors.split(", ")
-        ranks_by_tensors.setdefault(f"{first!r}{' and others' * bool(more)}", []).append(int(rank))
-    return ranks_by_tensors
+def missing(horovods_log: str) -> set[int]:
+    """The ranks that Horovod has missed last."""
+    return {int(rank) for lines in MISSING.findall(horovods_log)[-1:] for rank in re.findall(r"(\d+)!?: \[", lines)}
 
 
 def stall(horovods_log: str) -> str:
@@ -163,8 +159,11 @@ def stall(horovods_log: str) -> str:
     if not found:
         return ""
     lines, wait_s = found[-1]
-    marked = "".join(line for line in lines.splitlines(True) if "!:" in line)
-    never = ", and ".join(f"{numbered(ranks)} never submitted tensor {t}" for t, ranks in missing(marked).items())
+    ranks: dict[str, list[int]] = {}
+    for rank, tensors in re.findall(r"(\d+)!: \[(.*)\]\n", lines):
+        first, *more = tensors.split(", ")
+        ranks.setdefault(f"{first!r}{' and others' * bool(more)}", []).append(int(rank))
+    never = ", and ".join(f"{numbered(who)} never submitted tensor {tensor}" for tensor, who in ranks.items())
     return (
         f"{never}, for which other ranks waited over {wait_s} s: every rank must call the same collectives equally "
         "often (start Horovod anew with hvd.shutdown() and hvd.init() on all ranks)"

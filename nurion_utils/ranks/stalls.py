@@ -36,14 +36,12 @@ def answer(own: Path) -> None:
     three times.
     """
     os.mkfifo(f"{own}.ask", mode=0o600)
+    threading.Thread(target=_answer, args=[own], name="nurion-stalls", daemon=True).start()
+
+
+def _answer(own: Path) -> None:
     questions = os.open(f"{own}.ask", os.O_RDWR)  # for writing too, so that it never comes to an end
-    main = threading.main_thread().ident
-    arguments = [questions, Path(f"{own}.call"), main]
-    threading.Thread(target=_answer, args=arguments, name="nurion-stalls", daemon=True).start()
-
-
-def _answer(questions: int, file: Path, main: int) -> None:
-    moved = threading.Event()
+    main, moved = threading.main_thread().ident, threading.Event()
     moved.set()
     # Python runs this in the main thread as soon as that is back from the call it is in: then it has moved.
     note = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda _: moved.set() or 0)
@@ -55,9 +53,8 @@ def _answer(questions: int, file: Path, main: int) -> None:
             asked = 0
         call = communication(sys._current_frames().get(main))
         asked = asked + 1 if call else 0
-        new = file.with_suffix(".new")
-        new.write_text(json.dumps({"call": call, "asked": asked}))
-        os.replace(new, file)
+        Path(f"{own}.new").write_text(json.dumps({"call": call, "asked": asked}))
+        os.replace(f"{own}.new", f"{own}.call")
 
 
 def communication(frame: FrameType | None) -> str:
@@ -95,26 +92,25 @@ def _called(frame: FrameType) -> Any:
     return found
 
 
-class Stall:
-    """The notebook's side: whether the ranks of one call that have not returned wait for those that have."""
+class Call:
+    """A call that ranks are at, on the notebook's side: do those that have not returned wait for those that have?"""
 
     def __init__(self, directory: Path) -> None:
+        self.raised_s: float | None = None  # when a first rank raised
+        self.notice = ""  # what the reader is to be told meanwhile
         self._directory = directory
         self._finished: list[int] = []
         self._since_s = self._asked_s = 0.0
         self._log = failures.HorovodsLog(directory)
 
-    def story(self, finished: list[int], waiting: list[int]) -> str:
+    def stall(self, finished: list[int], waiting: list[int]) -> str:
         """One sentence, if it has been so for `NOTICE_S`."""
         now_s = time.monotonic()
         if finished != self._finished:
             self._finished, self._since_s, self._log = finished, now_s, failures.HorovodsLog(self._directory)
         if not finished or now_s - self._since_s < ASK_AFTER_S or now_s - self._asked_s < ASK_EVERY_S:
             return ""
-        answers = [self._answer(rank) for rank in waiting]
-        self._asked_s = now_s
-        for rank in waiting:
-            self._ask(rank)
+        answers, self._asked_s = [self._ask(rank) for rank in waiting], now_s
         calls = {call for call, asked in answers if asked >= ASKED}
         if now_s - self._since_s < NOTICE_S or not (all(a >= ASKED for _, a in answers) or self._missed(finished)):
             return ""
@@ -124,27 +120,22 @@ class Stall:
             f"{' and '.join(sorted(calls)) or 'a collective of Horovod'}: every rank must call the same collectives"
         )
 
-    def since(self) -> float:
+    def stalled_s(self) -> float:
         """Seconds since the last rank returned."""
         return time.monotonic() - self._since_s
 
-    def _ask(self, rank: int) -> None:
+    def _ask(self, rank: int) -> tuple[str, int]:
+        """Ask a rank, and take its answer to the question before."""
+        file, found = self._directory / f"rank{rank}.call", {"call": "", "asked": 0}
+        with contextlib.suppress(OSError):
+            found = json.loads(file.read_text())
+            file.unlink()  # a rank that does not answer next time has no old answer
         with contextlib.suppress(OSError):  # it has ended
             fifo = os.open(self._directory / f"rank{rank}.ask", os.O_WRONLY | os.O_NONBLOCK)
             os.write(fifo, b"?")
             os.close(fifo)
-
-    def _answer(self, rank: int) -> tuple[str, int]:
-        file = self._directory / f"rank{rank}.call"
-        try:
-            found = json.loads(file.read_text())
-            file.unlink()  # a rank that does not answer next time has no old answer
-        except (OSError, ValueError):
-            return "", 0
         return found["call"], found["asked"]
 
     def _missed(self, finished: list[int]) -> bool:
         """Whether Horovod has logged since then that it misses just ranks that have returned, in a graph's call too."""
-        found = failures.MISSING.findall(self._log.read())
-        ranks = {rank for group in failures.missing(found[-1]).values() for rank in group} if found else set()
-        return bool(ranks) and ranks <= set(finished)
+        return bool(ranks := failures.missing(self._log.read())) and ranks <= set(finished)

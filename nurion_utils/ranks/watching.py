@@ -8,27 +8,17 @@ import threading
 import time
 import weakref
 from concurrent.futures import InvalidStateError, wait
-from dataclasses import dataclass
 from typing import Any
 
 from nurion_utils.ranks import failures, notebook
 from nurion_utils.ranks.failures import RankError, plainly
 from nurion_utils.ranks.launchers.local import LocalRanks
-from nurion_utils.ranks.stalls import Stall
+from nurion_utils.ranks.stalls import Call
 
 GRACE_S = 3.0  # how long ranks may go on after one has raised, before they count as waiting for it
 STALL_LIMIT_S = 60.0  # how long a reader who was told that ranks wait in vain may look into it, before it is an error
 TICK_S = 0.1
 STOPPED_AT_WORK = RankError("this world was stopped while its ranks were at work")
-
-
-@dataclass
-class _Call:
-    """A call that ranks are at."""
-
-    stall: Stall
-    raised_s: float | None = None  # when a first rank raised
-    notice: str = ""  # what the reader is to be told meanwhile
 
 
 class Watcher:
@@ -48,14 +38,14 @@ class Watcher:
         self.ending = threading.RLock()
         self._ended: RankError | None = None  # what those hear who still wait for ranks that are gone
         self._processes, self._client, self._n = processes, client, processes.n
-        self._calls: dict[Any, _Call] = {}  # by their AsyncResults
+        self._calls: dict[Any, Call] = {}  # by their AsyncResults
         self._thread = threading.Thread(target=_watch, args=[weakref.ref(self)], name="nurion-watcher", daemon=True)
         self._thread.start()
 
     def watch(self, result: Any) -> Any:
         """Look after what `result`, an AsyncResult of ipyparallel, waits for."""
+        self._calls[result] = Call(self._processes.directory)
         result.horovods_log = failures.HorovodsLog(self._processes.directory)
-        self._calls[result] = _Call(Stall(self._processes.directory))
         return result
 
     def wait(self, result: Any, timeout_s: float | None = None) -> list[Any]:
@@ -117,16 +107,12 @@ class Watcher:
                 call.raised_s = call.raised_s or time.monotonic()
                 if time.monotonic() - call.raised_s > GRACE_S:
                     self._break(failures.raised(errors, self._n, result.horovods_log), waiting)
-            elif len(waiting) < self._n:
-                self._look_for_a_stall(call, [r for r in range(self._n) if r not in waiting], waiting)
+            elif story := call.stall([rank for rank in range(self._n) if rank not in waiting], waiting):
+                if call.stalled_s() > STALL_LIMIT_S or not notebook.somebody_watches():
+                    self._break(story, waiting)
+                elif not call.notice:
+                    call.notice = f"{story}{self._processes.where(waiting)}"
         return not self.broken
-
-    def _look_for_a_stall(self, call: _Call, finished: list[int], waiting: list[int]) -> None:
-        story = call.stall.story(finished, waiting)
-        if story and (call.stall.since() > STALL_LIMIT_S or not notebook.somebody_watches()):
-            self._break(story, waiting)
-        elif story and not call.notice:
-            call.notice = f"{story}{self._processes.where(waiting)}"
 
     def _break(self, reason: str, waiting: list[int], dead: list[str] | None = None) -> None:
         """End all ranks and answer everything that still waits for them with the reason."""

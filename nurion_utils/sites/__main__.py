@@ -1,24 +1,18 @@
-"""``python -m nurion_utils.sites list`` and ``python -m nurion_utils.sites show nurion``."""
+"""``python -m nurion_utils.sites show nurion`` prints all figures of a machine, each with its source."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from nurion_utils import sites
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m nurion_utils.sites", description="What a machine is.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="name the sites that have a description")
-    commands.add_parser("show", help="print a site's figures").add_argument("name")
-    options = parser.parse_args(arguments)
-    if options.command == "list":
-        print("\n".join(f"{name:10} {sites.load(name).title}" for name in sites.names()))
-        return 0
+def main(arguments: list[str]) -> int:
     try:
-        site = sites.load(options.name)
+        if len(arguments) != 2 or arguments[0] != "show":
+            names = ", ".join(sites.names())
+            raise sites.SiteError(f"usage: python -m nurion_utils.sites show NAME, with NAME one of {names}")
+        site = sites.load(arguments[1])
     except sites.SiteError as error:
         print(error, file=sys.stderr)
         return 2
@@ -31,4 +25,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

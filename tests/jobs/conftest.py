@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 
 from nurion_utils import sites
-from nurion_utils.jobs import Ime
 
 
 @pytest.fixture
@@ -40,6 +39,4 @@ def machine(tmp_path, monkeypatch):
         return [(call["action"], [os.path.basename(file) for file in call["files"]]) for call in map(json.loads, lines)]
 
     site = sites.load("played")
-    return SimpleNamespace(
-        scratch=scratch, buffer=buffer, site=site, ime=Ime(site), calls=calls, write=write, tmp=tmp_path
-    )
+    return SimpleNamespace(scratch=scratch, buffer=buffer, site=site, calls=calls, write=write, tmp=tmp_path)

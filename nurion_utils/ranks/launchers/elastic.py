@@ -107,8 +107,7 @@ def _follow(workers: dict[str, _Worker], rendezvous: Rendezvous, min_ranks: int,
                 lost.append(f"{who} {workers[host].end()}")
             elif outcome[0]:
                 results[host] = outcome[1]
-            else:
-                # What one rank raises is often about to be raised by the others.
+            else:  # and the others are often about to raise the same
                 deadline = min(deadline, time.monotonic() + GRACE_S)
                 errors.setdefault(outcome[1], []).append(who)
             rendezvous.remove(host, go_on=not errors)
@@ -230,13 +229,9 @@ class Rendezvous:
                 if scope != PUT_WORKER_ADDRESSES:
                     super()._put_value(scope, key, value)
 
-        class Server(RendezvousHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                pass  # a rank that died while it asked
-
-        self._server = Server((address, 0), Handler, 0)
+        self._server = RendezvousHTTPServer((address, 0), Handler, 0)
+        self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # a rank that died while it asked
         self.address, self.port = self._server.server_address
         with self._changed:
             self._deal()
