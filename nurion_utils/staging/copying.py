@@ -134,7 +134,7 @@ def copy_share(
     buffer = memoryview(bytearray(BUFFER_BYTES))
     with contextlib.ExitStack() as stack:
         try:
-            folder = stack.enter_context(_opened(source, os.O_DIRECTORY))
+            folder = stack.enter_context(opened(source, os.O_DIRECTORY))
             writer = stack.enter_context(contextlib.closing(Writer(destination)))
         except OSError as error:  # not even a journal
             return {file.path: f"not begun: {error.filename!r}: {error.strerror}" for file in files}
@@ -226,7 +226,7 @@ def _damaged(
     for file, digest in known:
         path = os.path.join(destination, file.path)
         try:
-            with _opened(path, os.O_NOFOLLOW) as descriptor:
+            with opened(path, os.O_NOFOLLOW) as descriptor:
                 # from the device where the page cache can be dropped, or memory would be read
                 _advise(descriptor, 0, os.POSIX_FADV_DONTNEED)
                 hasher = xxhash.xxh3_128()
@@ -259,7 +259,7 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: str, flags: int) -> Iterator[int]:
+def opened(path: str, flags: int) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         yield descriptor

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,17 +21,20 @@ from nurion_utils.staging.copying import (
     Changed,
     Writer,
     copy_share,
+    opened,
     require_unchanged,
     shared_lock,
     verify_share,
 )
-from nurion_utils.staging.plans import File, StageError, StagePlan, refused
+from nurion_utils.staging.plans import StageError, StagePlan, refused
 from nurion_utils.staging.preflight import prepare
 
 T = TypeVar("T")
 
-BLOCK_BYTES, BLOCK_FILES = 8 << 20, 256  # what goes round the ring at once
-Block = list[tuple[int, int, int]]  # of each piece: which file of the plan, offset and length in bytes
+# What goes round the ring at once: of all ranks together, at least of each, and files of each
+BLOCKS_BYTES, LEAST_BLOCK_BYTES, BLOCK_FILES = 16 << 20, 256 << 10, 256
+# Which file of the plan, bytes of it, and with its last bytes its hash, or else what went wrong with it
+Piece = tuple[int, int, str | Exception | None]
 
 
 def stage_on_ranks(ranks: Any, source: str, destination: str, replicate: bool, verify: bool) -> session.Report:
@@ -131,7 +135,7 @@ def _merged(comm: Any, failures: dict[str, str]) -> dict[str, str]:
 
 
 def _pass_on(comm: Any, plan: StagePlan) -> dict[str, str]:
-    """Read each file on one rank, and hand it on to all: in step s, rank r sends on what it got in step s - 1."""
+    """Read each file on one rank, and hand it on to all, block by block: an allgather, round the ring of the ranks."""
     mine = {file.path for file in plan.files}
     # what one rank lacks, all see pass: a rank that has it hands it on
     wanted = {path for paths in comm.allgather(mine) for path in paths}
@@ -141,111 +145,64 @@ def _pass_on(comm: Any, plan: StagePlan) -> dict[str, str]:
         raise StageError("the source changed while the ranks looked at it; stage again when nobody writes to it")
     plan = dataclasses.replace(plan, files=files, staged=())
 
-    blocks = [list(_blocks(files, plan.share(rank))) for rank in range(comm.size)]
-    tell = meter(sum(file.size for file in files), "staging", "B")
-    reader, receiver = _Reader(plan), _together(comm, True, _Receiver, plan, mine)
-    buffers = [np.empty(BLOCK_BYTES, np.uint8) for _ in range(2)]
-    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-    try:
-        for turn in range(max(map(len, blocks))):
-            here = [each[turn] if turn < len(each) else [] for each in blocks]
-            status = reader.read(here[comm.rank], buffers[0])
-            receiver.take(here[comm.rank], buffers[0], status)
-            tell(sum(length for _, _, length in here[comm.rank]))
-            for step in range(comm.size - 1):
-                sent, received = here[(comm.rank - step) % comm.size], here[(comm.rank - step - 1) % comm.size]
-                status = comm.sendrecv(status, right, source=left)
-                lengths = [sum(length for _, _, length in block) for block in (sent, received)]
-                outgoing, incoming = (buffer[:n] for buffer, n in zip(buffers, lengths, strict=True))
-                comm.Sendrecv(outgoing, right, recvbuf=incoming, source=left)
-                receiver.take(received, buffers[1], status)
-                tell(lengths[1])
-                buffers.reverse()
-    finally:
-        reader.close()
-        receiver.close()
+    tell = meter(plan.bytes, "staging", "B")
+    receiver = _together(comm, True, _Receiver, plan, mine)
+    block_bytes = max(BLOCKS_BYTES // comm.size, LEAST_BLOCK_BYTES)
+    block, received = np.empty(block_bytes, np.uint8), np.empty(block_bytes * comm.size, np.uint8)
+    with contextlib.closing(receiver), contextlib.closing(_read(plan, comm.rank, memoryview(block))) as blocks:
+        while any(of_ranks := comm.allgather(next(blocks, []))):
+            lengths = [sum(length for _, length, _ in pieces) for pieces in of_ranks]
+            comm.Allgatherv(block[: lengths[comm.rank]], (received, lengths))
+            receiver.take(itertools.chain(*of_ranks), memoryview(received))
+            tell(sum(lengths))
     return receiver.writer.failures
 
 
-def _blocks(files: Sequence[File], share: Sequence[int]) -> Iterator[Block]:
-    """The share of a rank in blocks: small files together, long ones in parts."""
-    block, block_bytes = [], 0
-    for i in share:
-        for offset in range(0, max(files[i].size, 1), BLOCK_BYTES):
-            length = min(files[i].size - offset, BLOCK_BYTES)
-            if block_bytes + length > BLOCK_BYTES or len(block) == BLOCK_FILES:
-                yield block
-                block, block_bytes = [], 0
-            block.append((i, offset, length))
-            block_bytes += length
-    if block:
-        yield block
-
-
-def _pieces(block: Block, buffer: np.ndarray) -> Iterator[tuple[int, int, memoryview]]:
-    """Of each piece of a block that `buffer` holds: which file, its offset, and its bytes."""
+def _read(plan: StagePlan, rank: int, buffer: memoryview) -> Iterator[list[Piece]]:
+    """Fill `buffer` with the files that this rank reads: small ones together, long ones in parts."""
+    pieces: list[Piece] = []
     at = 0
-    for i, offset, length in block:
-        yield i, offset, memoryview(buffer[at : at + length])
-        at += length
-
-
-class _Reader:
-    """Reads this rank's blocks; says of each piece what went wrong, if anything, and at a file's end its hash."""
-
-    def __init__(self, plan: StagePlan):
-        self.plan = plan
-        self.current: tuple | None = None  # descriptor and hash of the file that is being read
-
-    def read(self, block: Block, buffer: np.ndarray) -> list[str | Exception | None]:
-        return [self._piece(self.plan.files[i], offset, view) for i, offset, view in _pieces(block, buffer)]
-
-    def _piece(self, file: File, offset: int, view: memoryview) -> str | Exception | None:
-        done = 0
+    for i in plan.share(rank):
+        file, hasher, done, end = plan.files[i], xxhash.xxh3_128(), 0, None
         try:
-            if offset == 0:
-                self.close()
-                path = os.path.join(self.plan.source, file.path)
-                self.current = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), xxhash.xxh3_128()
-            if self.current is None:  # it could not be opened: said with the first piece
-                return None
-            descriptor, hasher = self.current
-            while done < len(view) and (length := os.preadv(descriptor, [view[done:]], offset + done)):
-                done += length
-            hasher.update(view)
-            if done == len(view) and offset + done < file.size:
-                return None
-            require_unchanged(descriptor, file, offset + done)
-            return hasher.hexdigest()
+            with opened(os.path.join(plan.source, file.path), os.O_NOFOLLOW | os.O_NONBLOCK) as descriptor:
+                while end is None:
+                    if at == len(buffer) or len(pieces) == BLOCK_FILES:
+                        yield pieces
+                        pieces, at = [], 0
+                    length = os.readv(descriptor, [buffer[at:]])
+                    hasher.update(buffer[at : at + length])
+                    done += length
+                    if not length or done >= file.size:
+                        require_unchanged(descriptor, file, done)
+                        end = hasher.hexdigest()
+                    pieces.append((i, length, end))
+                    at += length
         except (OSError, Changed) as error:
-            return error
-
-    def close(self) -> None:
-        if self.current is not None:
-            os.close(self.current[0])
-            self.current = None
+            pieces.append((i, 0, error))
+    yield pieces
 
 
 class _Receiver:
-    """Writes the blocks that come by, those of files that this rank lacks."""
+    """Writes the pieces that come by, those of files that this rank lacks."""
 
     def __init__(self, plan: StagePlan, wanted: set[str]):
         self.plan, self.wanted, self.open = plan, wanted, {}
         self.writer = Writer(plan.destination)
 
-    def take(self, block: Block, buffer: np.ndarray, status: list[str | Exception | None]) -> None:
-        for (i, offset, view), said in zip(_pieces(block, buffer), status, strict=True):
-            file = self.plan.files[i]
+    def take(self, pieces: Iterable[Piece], received: memoryview) -> None:
+        for i, length, end in pieces:
+            file, view, received = self.plan.files[i], received[:length], received[length:]
             if file.path not in self.wanted or file.path in self.writer.failures:
                 continue
             try:
-                if isinstance(said, Exception):
-                    raise said
-                if offset == 0:
+                if isinstance(end, Exception):
+                    raise end
+                if i not in self.open:
                     self.open[i] = self.writer.create(file)
                 self.open[i].write(view)
-                if said:
-                    if self.open[i].hasher.hexdigest() != said:
+                if end:
+                    if self.open[i].hasher.hexdigest() != end:
                         raise Changed("damaged on its way between the ranks: its checksum differs")
                     self.writer.finish(self.open.pop(i))
             except (OSError, Changed) as error:
