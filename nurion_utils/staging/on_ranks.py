@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,10 +30,9 @@ from nurion_utils.staging.preflight import prepare
 
 T = TypeVar("T")
 
-# What goes round the ring at once: of all ranks together, at least of each, and files of each
-BLOCKS_BYTES, LEAST_BLOCK_BYTES, BLOCK_FILES = 16 << 20, 256 << 10, 256
-# Which file of the plan, bytes of it, and with its last bytes its hash, or else what went wrong with it
-Piece = tuple[int, int, str | Exception | None]
+BLOCK_BYTES, BLOCK_FILES = 8 << 20, 256  # what goes round the ring at once
+# Of each piece: which file of the plan, how many bytes, and with the last ones the file's hash, or what went wrong
+Block = list[tuple[int, int, str | Exception | None]]
 
 
 def stage_on_ranks(ranks: Any, source: str, destination: str, replicate: bool, verify: bool) -> session.Report:
@@ -135,7 +133,7 @@ def _merged(comm: Any, failures: dict[str, str]) -> dict[str, str]:
 
 
 def _pass_on(comm: Any, plan: StagePlan) -> dict[str, str]:
-    """Read each file on one rank, and hand it on to all, block by block: an allgather, round the ring of the ranks."""
+    """Read each file on one rank, and hand it on to all: in step s, rank r sends on what it got in step s - 1."""
     mine = {file.path for file in plan.files}
     # what one rank lacks, all see pass: a rank that has it hands it on
     wanted = {path for paths in comm.allgather(mine) for path in paths}
@@ -147,40 +145,45 @@ def _pass_on(comm: Any, plan: StagePlan) -> dict[str, str]:
 
     tell = meter(plan.bytes, "staging", "B")
     receiver = _together(comm, True, _Receiver, plan, mine)
-    block_bytes = max(BLOCKS_BYTES // comm.size, LEAST_BLOCK_BYTES)
-    block, received = np.empty(block_bytes, np.uint8), np.empty(block_bytes * comm.size, np.uint8)
-    with contextlib.closing(receiver), contextlib.closing(_read(plan, comm.rank, memoryview(block))) as blocks:
-        while any(of_ranks := comm.allgather(next(blocks, []))):
-            lengths = [sum(length for _, length, _ in pieces) for pieces in of_ranks]
-            comm.Allgatherv(block[: lengths[comm.rank]], (received, lengths))
-            receiver.take(itertools.chain(*of_ranks), memoryview(received))
-            tell(sum(lengths))
+    buffers = [np.empty(BLOCK_BYTES, np.uint8) for _ in range(2)]
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    with contextlib.closing(receiver), contextlib.closing(_read(plan, comm.rank, buffers)) as blocks:
+        while any(comm.allgather(bool(block := next(blocks, [])))):
+            for step in range(comm.size):
+                if step:
+                    sent, block = block, comm.sendrecv(block, right, source=left)
+                    comm.Sendrecv(buffers[0][: _bytes(sent)], right, recvbuf=buffers[1][: _bytes(block)], source=left)
+                    buffers.reverse()
+                receiver.take(block, buffers[0])
+                tell(_bytes(block))
     return receiver.writer.failures
 
 
-def _read(plan: StagePlan, rank: int, buffer: memoryview) -> Iterator[list[Piece]]:
-    """Fill `buffer` with the files that this rank reads: small ones together, long ones in parts."""
-    pieces: list[Piece] = []
-    at = 0
+def _bytes(block: Block) -> int:
+    return sum(length for _, length, _ in block)
+
+
+def _read(plan: StagePlan, rank: int, buffers: list[np.ndarray]) -> Iterator[Block]:
+    """Blocks of the files that this rank reads, small ones together, long ones in parts; their data in `buffers[0]`."""
+    block, view = [], memoryview(buffers[0])
     for i in plan.share(rank):
         file, hasher, done, end = plan.files[i], xxhash.xxh3_128(), 0, None
         try:
             with opened(os.path.join(plan.source, file.path), os.O_NOFOLLOW | os.O_NONBLOCK) as descriptor:
                 while end is None:
-                    if at == len(buffer) or len(pieces) == BLOCK_FILES:
-                        yield pieces
-                        pieces, at = [], 0
-                    length = os.readv(descriptor, [buffer[at:]])
-                    hasher.update(buffer[at : at + length])
-                    done += length
+                    if not view or len(block) == BLOCK_FILES:
+                        yield block
+                        block, view = [], memoryview(buffers[0])
+                    length = os.readv(descriptor, [view])
+                    hasher.update(view[:length])
+                    done, view = done + length, view[length:]
                     if not length or done >= file.size:
                         require_unchanged(descriptor, file, done)
                         end = hasher.hexdigest()
-                    pieces.append((i, length, end))
-                    at += length
+                    block.append((i, length, end))
         except (OSError, Changed) as error:
-            pieces.append((i, 0, error))
-    yield pieces
+            block.append((i, 0, error))
+    yield block
 
 
 class _Receiver:
@@ -190,9 +193,10 @@ class _Receiver:
         self.plan, self.wanted, self.open = plan, wanted, {}
         self.writer = Writer(plan.destination)
 
-    def take(self, pieces: Iterable[Piece], received: memoryview) -> None:
-        for i, length, end in pieces:
-            file, view, received = self.plan.files[i], received[:length], received[length:]
+    def take(self, block: Block, buffer: np.ndarray) -> None:
+        rest = memoryview(buffer)
+        for i, length, end in block:
+            file, view, rest = self.plan.files[i], rest[:length], rest[length:]
             if file.path not in self.wanted or file.path in self.writer.failures:
                 continue
             try:

@@ -4,44 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import socket
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from nurion_utils.storage.model import METADATA, ParallelFileSystem
 
-PATIENCE_S = 30.0  # how much later than it can be an answer may be before the server counts as stuck
-
 
 class EmulatorError(RuntimeError):
-    """The emulated file system has ended, or does not answer; the message says what to do."""
-
-
-class ReadTimeout(OSError):
-    """EIO: which target did not answer, and within how many seconds."""
-
-    target: int
-
-
-class File(NamedTuple):
-    """A file with the bytes that it has when it is asked for, and the name by which the server knows it."""
-
-    name: str
-    path: Path
-    length: int
-
-    def read(self) -> bytes:
-        """The bytes; OSError, which names the file, if some of them are gone."""
-        with open(self.path, "rb") as file:
-            data = file.read(self.length)
-        if len(data) < self.length:
-            short = f"it became shorter while it was read: {len(data)} of {self.length} bytes were there"
-            raise OSError(errno.EIO, short, str(self.path))
-        return data
+    """The emulated file system has ended; the message says what to do."""
 
 
 class FileSystemClient:
@@ -73,46 +47,44 @@ class FileSystemClient:
         Raises
         ------
         OSError
-            The file cannot be read, or a request came to its turn too late (EIO, `ReadTimeout`); names the file.
+            The file cannot be read, or a request came to its turn too late (EIO); names the file.
         EmulatorError
             The file system has ended.
         """
-        wanted = self.file(path)
-        self.wait_for([wanted])
-        return wanted.read()
+        full = self.path(path)
+        length = full.stat().st_size
+        self._wait_for([(full, length)])
+        with open(full, "rb") as file:
+            data = file.read(length)
+        if len(data) < length:
+            short = f"it became shorter while it was read: {len(data)} of {length} bytes were there"
+            raise OSError(errno.EIO, short, str(full))
+        return data
 
     def wait(self, *paths: str | os.PathLike[str]) -> None:
         """Wait as for reading all of these files, opened together, without reading them; raises as `read` does."""
-        self.wait_for([self.file(path) for path in paths])
+        self._wait_for([(full, full.stat().st_size) for full in map(self.path, paths)])
 
     def wait_until_idle(self) -> None:
         """Wait until all that has been asked for, by whichever client, is delivered."""
         self.ask({"idle": True})
 
-    def file(self, path: str | os.PathLike[str]) -> File:
-        """What `wait_for` takes."""
-        full = self.path(path)
-        return File(str(full.relative_to(self._root)), full, full.stat().st_size)
-
-    def wait_for(self, files: Sequence[File], job: str | None = None) -> int | None:
-        """The target that took longest; None if the job that these reads are a part of has failed elsewhere."""
-        system = self._system
-        work_s = sum(file.length for file in files) / system.target_mb_per_s / 1e6
-        patience_s = 2 * system.timeout_s + work_s + len(files) / system.metadata_ops_per_s + PATIENCE_S
-        request = {"read": [[file.name, system.shares(file.length).tolist()] for file in files], "job": job}
-        answer = self.ask(request, None if math.isinf(patience_s) else patience_s)
-        if answer is None:
-            return None
-        target, failed = answer
+    def _wait_for(self, files: Sequence[tuple[Path, int]]) -> None:
+        target, failed = self.request([(str(full.relative_to(self._root)), length) for full, length in files])
         if failed is not None:
             who = "the metadata server" if target == METADATA else f"target {target}"
-            late = f"{who} did not answer within {system.timeout_s:g} s (its queue was longer)"
-            error = ReadTimeout(errno.EIO, late, str(self._root / failed))
-            error.target = target
-            raise error
-        return target
+            late = f"{who} did not answer within {self._system.timeout_s:g} s (its queue was longer)"
+            raise OSError(errno.EIO, late, str(self._root / failed))
 
-    def ask(self, request: dict[str, Any], patience_s: float | None = None) -> Any:
+    def request(self, files: Sequence[tuple[str, int]], job: str | None = None) -> tuple[int, str | None] | None:
+        """Wait for files of these names and lengths, opened together.
+
+        Returns the target that came last, or failed, and the file that failed if one did; None if the job that these
+        reads are a part of has failed elsewhere.
+        """
+        return self.ask({"read": [[name, self._system.shares(length).tolist()] for name, length in files], "job": job})
+
+    def ask(self, request: dict[str, Any]) -> Any:
         """The server's answer to a request of `server.Server.answer`."""
         mine = self._connections
         try:
@@ -120,7 +92,6 @@ class FileSystemClient:
                 mine.socket = socket.socket(socket.AF_UNIX)
                 mine.socket.connect(self._address)
                 mine.file, mine.process = mine.socket.makefile("rb"), os.getpid()
-            mine.socket.settimeout(patience_s)
             mine.socket.sendall(json.dumps(request).encode() + b"\n")
             line = mine.file.readline()
             if not line.endswith(b"\n"):
@@ -129,7 +100,5 @@ class FileSystemClient:
             mine.process = None  # what may still come on this connection would be taken for another answer
             if not isinstance(error, OSError):
                 raise
-            late = isinstance(error, TimeoutError)
-            what = f"does not answer: nothing came for {patience_s:g} s" if late else "has ended"
-            raise EmulatorError(f"the emulated file system {what}; start a new one with EmulatedFileSystem") from None
+            raise EmulatorError("the emulated file system has ended; start a new one with EmulatedFileSystem") from None
         return json.loads(line)

@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -30,7 +29,7 @@ import numpy as np
 from nurion_utils._checks import whole_number
 from nurion_utils.storage.client import EmulatorError, FileSystemClient
 from nurion_utils.storage.model import ParallelFileSystem, Workload
-from nurion_utils.storage.readers import file_of, read_all, read_on_rank
+from nurion_utils.storage.readers import name_of, read_all, read_on_rank
 from nurion_utils.storage.simulation import tabulate
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
     from nurion_utils.ranks import World
 
-MOST_FILES = 100_000  # that `run` makes
+MOST_FILES = 100_000  # of which `run` tells the server the targets
 
 
 class EmulatedFileSystem:
@@ -59,13 +58,12 @@ class EmulatedFileSystem:
         if not self.root.is_dir():
             raise ValueError(f"{str(root)!r} is not a directory; name one that has, or may have, files to read")
         token = secrets.token_hex(16)
-        self._directory = self.root / f".emulated-{token[:8]}"
         # In Linux' abstract namespace: a socket without a file cannot be left behind by anybody.
         address = f"\0nurion-files-{token}"
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(address)
             listener.listen(4096)
-            settings = {"owner": os.getpid(), "listener": listener.fileno(), "directory": str(self._directory)}
+            settings = {"owner": os.getpid(), "listener": listener.fileno()}
             program = [sys.executable, "-I", "-S", str(Path(__file__).with_name("server.py"))]
             self._process = subprocess.Popen(
                 [*program, json.dumps(asdict(system) | settings)],
@@ -75,7 +73,7 @@ class EmulatedFileSystem:
                 pass_fds=[listener.fileno()],
                 start_new_session=True,  # a Ctrl-C in a terminal is for the notebook
             )
-        self.close = weakref.finalize(self, _close, self._process, self._directory, os.getpid())
+        self.close = weakref.finalize(self, _close, self._process, os.getpid())
         self._client = FileSystemClient(address, self.root, system)
 
     def client(self) -> FileSystemClient:
@@ -109,8 +107,8 @@ class EmulatedFileSystem:
     def run(self, workload: Workload, world: World | None = None) -> pd.DataFrame:
         """Carry a workload out: the same table as `simulate`, of what readers met in real time.
 
-        Each reader is a thread, of this process or of a rank of `world`, which deals the readers out. The files are
-        made for the run, without contents that take room, and removed after it. It begins when all queues are empty.
+        Each reader is a thread, of this process or of a rank of `world`, which deals the readers out. The files need
+        not be there: a reader waits its turns as if they were. It begins when all queues are empty.
         """
         import pandas as pd
 
@@ -120,19 +118,17 @@ class EmulatedFileSystem:
         if first.size > MOST_FILES:
             raise ValueError(f"a run can have {MOST_FILES:,} files, and this workload has {first.size:,}; simulate it")
         job = secrets.token_hex(8)
-        directory = self._directory / job
+        placed = {name_of(job, *at): int(target) for at, target in np.ndenumerate(first)}
+        self._client.ask({"place": placed})
+        self._client.wait_until_idle()
         try:
-            self.place(_make_files(directory, first, workload.file_bytes))
-            self._client.wait_until_idle()
             if world is None:
-                rows = read_all(self._client, workload, directory, job, range(workload.readers))
+                rows = read_all(self._client, workload, job, range(workload.readers))
             else:
-                ranks = world.run(read_on_rank, self._client, workload, directory, job)
-                rows = [row for rows in ranks for row in rows]
+                rows = [row for rows in world.run(read_on_rank, self._client, workload, job) for row in rows]
         finally:
             with contextlib.suppress(EmulatorError):
                 self._client.ask({"end": job})  # of which threads learn that are still at work
-            shutil.rmtree(self._directory, ignore_errors=True)
         table = pd.DataFrame(rows)
         times = table.columns[table.columns.str.endswith("_s")]
         table[times] -= table["request_s"].min()
@@ -148,22 +144,8 @@ class EmulatedFileSystem:
         return f"<EmulatedFileSystem over {self.root}: {'running' if self.close.alive else 'closed'}>"
 
 
-def _make_files(directory: Path, first: np.ndarray, file_bytes: int) -> dict[Path, int]:
-    """Files for each step, reader and place in the burst, and the targets of their first stripes."""
-    placed = {}
-    for at, target in np.ndenumerate(first):
-        path = file_of(directory, *at)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
-            file.truncate(file_bytes)
-        placed[path] = int(target)
-    return placed
-
-
-def _close(process: subprocess.Popen[bytes], directory: Path, owner: int) -> None:
-    if os.getpid() != owner:  # a forked child of the owner must not end its server
-        return
-    process.kill()
-    process.wait()
-    process.stdin.close()
-    shutil.rmtree(directory, ignore_errors=True)
+def _close(process: subprocess.Popen[bytes], owner: int) -> None:
+    if os.getpid() == owner:  # a forked child of the owner must not end its server
+        process.kill()
+        process.wait()
+        process.stdin.close()

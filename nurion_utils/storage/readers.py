@@ -5,33 +5,28 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from nurion_utils.storage.client import EmulatorError, FileSystemClient, ReadTimeout
+from nurion_utils.storage.client import EmulatorError, FileSystemClient
 from nurion_utils.storage.model import METADATA, Workload
 
 
-def file_of(directory: Path, step: int, reader: int, i: int) -> Path:
+def name_of(job: str, step: int, reader: int, i: int) -> str:
     """The file that a reader reads in a step as the i-th of its burst."""
-    return directory / str(step) / f"{reader}-{i}"
+    return f"{job}/{step}/{reader}-{i}"
 
 
-def read_on_rank(client: FileSystemClient, workload: Workload, directory: Path, job: str) -> list[dict]:
+def read_on_rank(client: FileSystemClient, workload: Workload, job: str) -> list[dict]:
     """The readers of one MPI rank, dealt out in turn."""
     from mpi4py import MPI
 
-    mine = range(MPI.COMM_WORLD.rank, workload.readers, MPI.COMM_WORLD.size)
-    return read_all(client, workload, directory, job, mine)
+    return read_all(client, workload, job, range(MPI.COMM_WORLD.rank, workload.readers, MPI.COMM_WORLD.size))
 
 
-def read_all(client: FileSystemClient, workload: Workload, directory: Path, job: str, readers: range) -> list[dict]:
+def read_all(client: FileSystemClient, workload: Workload, job: str, readers: range) -> list[dict]:
     """A thread for each of `readers`; a row for each of their steps."""
-    if not readers:
-        return []
-    with ThreadPoolExecutor(len(readers)) as pool:
-        tasks = [pool.submit(_steps, client, workload, directory, job, reader) for reader in readers]
+    with ThreadPoolExecutor(max(len(readers), 1)) as pool:
+        tasks = [pool.submit(_steps, client, workload, job, reader) for reader in readers]
         try:
             return [row for task in tasks for row in task.result()]
         except BaseException:
@@ -40,45 +35,35 @@ def read_all(client: FileSystemClient, workload: Workload, directory: Path, job:
             raise
 
 
-def _steps(client: FileSystemClient, workload: Workload, directory: Path, job: str, reader: int) -> list[dict]:
+def _steps(client: FileSystemClient, workload: Workload, job: str, reader: int) -> list[dict]:
     """All steps of one reader, or as many as come before the job ends."""
-
-    def meet() -> bool:
-        return client.ask({"meet": job, "of": workload.readers})
+    meeting = {"meet": job, "of": workload.readers}
 
     def fetch(step: int) -> dict:
-        files = [client.file(file_of(directory, step, reader, i)) for i in range(workload.files_per_step)]
+        files = [(name_of(job, step, reader, i), workload.file_bytes) for i in range(workload.files_per_step)]
         row = {"reader": reader, "step": step, "target": METADATA, "request_s": time.monotonic()}
         row |= dict.fromkeys(["ready_s", "begin_s", "end_s", "fails_s"], math.nan)
-        try:
-            target = client.wait_for(files, job)
-            if target is not None:
-                for file in files:
-                    file.read()
-                row |= {"target": target, "ready_s": time.monotonic()}
-        except ReadTimeout as error:
-            row |= {"target": error.target, "fails_s": time.monotonic()}
+        if answer := client.request(files, job):
+            target, failed = answer
+            row |= {"target": target, "ready_s" if failed is None else "fails_s": time.monotonic()}
         return row
 
     rows: list[dict] = []
-    meet()
+    client.ask(meeting)
     with ThreadPoolExecutor(1) as ahead:
-        for row in _ahead(ahead, fetch, workload.steps) if workload.prefetch else map(fetch, range(workload.steps)):
+        fetched = ahead.submit(fetch, 0)
+        for step in range(1, workload.steps + 1):
+            row = fetched.result()
             rows.append(row)
             if math.isnan(row["ready_s"]):
                 break
             row["begin_s"] = time.monotonic()
+            if workload.prefetch and step < workload.steps:
+                fetched = ahead.submit(fetch, step)
             time.sleep(workload.compute_s)
-            if not meet():
+            if not client.ask(meeting):
                 break
             row["end_s"] = time.monotonic()
+            if not workload.prefetch and step < workload.steps:
+                fetched = ahead.submit(fetch, step)
     return rows
-
-
-def _ahead(pool: ThreadPoolExecutor, fetch: Callable[[int], dict], steps: int) -> Iterator[dict]:
-    """``fetch(0)``, ``fetch(1)``, ...; each begins, in the thread of `pool`, when the one before is taken."""
-    fetched = pool.submit(fetch, 0)
-    for step in range(1, steps):
-        row, fetched = fetched.result(), pool.submit(fetch, step)
-        yield row
-    yield fetched.result()

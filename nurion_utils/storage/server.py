@@ -7,13 +7,12 @@ them on one clock for each queue, ``free = max(now, free) + service``, and answe
 A timer that is late thus delays one answer, and never the queue.
 
 Its standard input is a socket that its owner holds open. When that closes, or the owner ends (by SIGKILL too, or
-while a forked child keeps the socket), the server removes its directory of backing files and ends.
+while a forked child keeps the socket), the server ends.
 """
 
 import asyncio
 import json
 import os
-import shutil
 import socket
 import struct
 import sys
@@ -144,8 +143,4 @@ async def main(settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    settings = json.loads(sys.argv[1])
-    try:
-        asyncio.run(main(settings))
-    finally:
-        shutil.rmtree(settings["directory"], ignore_errors=True)
+    asyncio.run(main(json.loads(sys.argv[1])))
