@@ -27,6 +27,7 @@ PATIENCE_S = 20  # on a machine with much else to do
 SYSTEM = ParallelFileSystem(targets=4, target_mb_per_s=25, metadata_ops_per_s=500, timeout_s=30)
 FAST_OPENS = replace(SYSTEM, metadata_ops_per_s=10_000)
 FILE_BYTES = 200_000
+SLOW = pytest.mark.slow
 
 
 def live_epoch_s(root: Path, system: ParallelFileSystem, workload: Workload, expected_s: float, world=None) -> float:
@@ -41,6 +42,7 @@ def live_epoch_s(root: Path, system: ParallelFileSystem, workload: Workload, exp
     return best_s
 
 
+@SLOW
 def test_throughput_stays_at_the_ceiling_however_many_read(tmp_path):
     system = replace(FAST_OPENS, stripe_count=4, stripe_bytes=FILE_BYTES // 4)
     for readers in (4, 8, 16, 32):
@@ -49,6 +51,7 @@ def test_throughput_stays_at_the_ceiling_however_many_read(tmp_path):
         assert live_epoch_s(tmp_path, system, workload, expected_s) == pytest.approx(expected_s, rel=0.1)
 
 
+@SLOW
 def test_the_hottest_target_sets_the_pace(tmp_path):
     workload = Workload(8, 1, 8, FILE_BYTES, 0.0)
     hottest = np.bincount(workload.first_targets(FAST_OPENS).ravel()).max()
@@ -56,6 +59,7 @@ def test_the_hottest_target_sets_the_pace(tmp_path):
     assert live_epoch_s(tmp_path, FAST_OPENS, workload, expected_s) == pytest.approx(expected_s, rel=0.1)
 
 
+@SLOW
 def test_many_small_files_are_held_up_by_their_opens(tmp_path):
     workload, expected_s = Workload(8, 5, 10, 100, 0.0, prefetch=1), 400 / SYSTEM.metadata_ops_per_s
     assert live_epoch_s(tmp_path, SYSTEM, workload, expected_s) == pytest.approx(expected_s, rel=0.1)
@@ -69,8 +73,8 @@ AGREE = {
 }
 
 
-@pytest.mark.parametrize("kind", AGREE)
-@pytest.mark.parametrize("stripe_count", [1, 3])
+@pytest.mark.parametrize("kind", [name if name == "read ahead" else pytest.param(name, marks=SLOW) for name in AGREE])
+@pytest.mark.parametrize("stripe_count", [pytest.param(1, marks=SLOW), 3])
 def test_what_readers_meet_is_what_the_simulator_says(tmp_path, kind, stripe_count):
     storage, workload = replace(SYSTEM, stripe_count=stripe_count, stripe_bytes=50_000), AGREE[kind]
     simulated_s = summarise(simulate(storage, workload), workload)["epoch_s"]
@@ -312,7 +316,7 @@ def test_a_killed_server_is_an_error_for_those_who_wait_and_leaves_nothing(files
 
 def test_a_run_whose_server_is_killed_ends(tmp_path):
     with EmulatedFileSystem(tmp_path, SYSTEM) as running:
-        threading.Timer(0.5, running._process.kill).start()
+        threading.Timer(0.2, running._process.kill).start()
         with pytest.raises(EmulatorError, match="has ended"):
             running.run(Workload(6, 1000, 1, FILE_BYTES, 0.01, prefetch=1))
     assert list(tmp_path.iterdir()) == []
