@@ -82,7 +82,7 @@ def _on_rank(comm: Any, source: str, destination: str, replicate: bool, verify: 
     try:
         if replicate:
             destination = destination.replace("{rank}", str(comm.rank))
-        job = together(prepare if leads else _nothing, source, destination, comm.size, replicate)
+        job = together(lambda: prepare(source, destination, comm.size, replicate) if leads else None)
         if not replicate:
             job = comm.bcast(job)
         plan, mended_files = job.plan, 0
@@ -102,7 +102,8 @@ def _on_rank(comm: Any, source: str, destination: str, replicate: bool, verify: 
                 damaged = together(verify_share, plan.source, plan.destination, known, tell)
                 mended_files = comm.allreduce(len(damaged))
                 failures |= damaged if replicate else _merged(comm, damaged)
-            together(session.finish if leads else _nothing, plan, {path: why for path, why in failures.items() if why})
+            still = {path: why for path, why in failures.items() if why}
+            together(lambda: session.finish(plan, still) if leads else None)
             return comm.bcast(session.report(plan, began, verify, mended_files))
     except StageError as error:  # the same on all ranks
         return error
@@ -122,10 +123,6 @@ def _together(comm: Any, replicate: bool, function: Callable[..., T], *args: Any
     if problem := next(filter(None, comm.allgather(problem)), None):
         raise problem
     return result
-
-
-def _nothing(*_: Any) -> None:
-    """The part of a rank that has none."""
 
 
 def _merged(comm: Any, failures: dict[str, str]) -> dict[str, str]:

@@ -35,9 +35,6 @@ class StageError(Exception):
         super().__init__(message)
         self.failures = dict(failures or {})
 
-    def __reduce__(self) -> tuple:
-        return StageError, (str(self), self.failures)
-
 
 @contextlib.contextmanager
 def refused(what: str) -> Iterator[None]:
@@ -213,7 +210,6 @@ class StagePlan:
     def time(
         self,
         source_gb_per_s: float,
-        source_gb_per_s_per_rank: float = float("inf"),
         link_gb_per_s: float = float("inf"),
         destination_gb_per_s_per_rank: float = float("inf"),
     ) -> float:
@@ -223,13 +219,12 @@ class StagePlan:
         ----------
         source_gb_per_s
             What the source delivers to all ranks together, in GB/s.
-        source_gb_per_s_per_rank, link_gb_per_s, destination_gb_per_s_per_rank
-            What one rank can read, send and write, in GB/s.
+        link_gb_per_s, destination_gb_per_s_per_rank
+            What one rank can send and write, in GB/s.
         """
         table = self.table()
         return max(
             self.bytes / 1e9 / source_gb_per_s,
-            table["reads_bytes"].max() / 1e9 / source_gb_per_s_per_rank,
             table["sends_bytes"].max() / 1e9 / link_gb_per_s,
             table["writes_bytes"].max() / 1e9 / destination_gb_per_s_per_rank,
         )

@@ -14,30 +14,26 @@ from nurion_utils.ranks.engine import end_with_parent
 from nurion_utils.staging import copying
 
 
-class Teller:
-    """Adds up numbers of bytes and passes them on ten times a second: a message for each would slow copying down."""
-
-    def __init__(self):
-        self.sum, self.at = 0, time.monotonic()
-
-    def __call__(self, done: int) -> None:
-        self.sum += done
-        if time.monotonic() - self.at > 0.1:
-            pickle.dump(self.sum, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
-            self.sum, self.at = 0, time.monotonic()
-
-
 def main() -> None:
     end_with_parent()
     if os.getppid() != int(sys.argv[1]):  # it was gone before that, and nobody would end this process
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that started this one, and ends it
     function, (source, destination, share) = pickle.load(sys.stdin.buffer)
-    tell = Teller()
+    done, told_at = 0, time.monotonic()
+
+    def tell(amount: int) -> None:
+        """Ten times a second: a message for each amount would slow copying down."""
+        nonlocal done, told_at
+        done += amount
+        if time.monotonic() - told_at > 0.1:
+            pickle.dump(done, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+            done, told_at = 0, time.monotonic()
+
     with copying.shared_lock(destination):
         failures = getattr(copying, function)(source, destination, share, tell)
-    pickle.dump(tell.sum, sys.stdout.buffer)
+    pickle.dump(done, sys.stdout.buffer)
     pickle.dump(failures, sys.stdout.buffer)
 
 

@@ -9,7 +9,6 @@ are hypotheses: a model and the settings under which it ends where the real runs
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -71,8 +70,11 @@ def simulated_limit(system: ParallelFileSystem, steps: int = 50) -> int:
     def reading_s(nodes: int) -> float:
         return simulate(patient, Workload(nodes, steps, 1, SAMPLE_BYTES, compute_s=0.0))["end_s"].max() / steps
 
-    of_mean = int(COMPUTE_S * system.bandwidth_gb_per_s * 1e9 / SAMPLE_BYTES)  # none go beyond the mean
-    return bisect.bisect_right(range(1, of_mean + 1), COMPUTE_S, key=reading_s)
+    low, high = 0, max(1, int(COMPUTE_S * system.bandwidth_gb_per_s * 1e9 / SAMPLE_BYTES) + 1)  # none beyond the mean
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if reading_s(middle) <= COMPUTE_S else (low, middle)
+    return low
 
 
 def _require_whole_files(system: ParallelFileSystem) -> None:

@@ -242,6 +242,7 @@ def test_the_command_says_in_one_sentence_what_is_wrong(source, tmp_path):
     assert run("--purge", tmp_path).returncode == 2
 
 
+@pytest.mark.ranks
 def test_two_ranks_of_mpiexec_share_the_work(source, tmp_path):
     mpiexec = [Path(sys.prefix) / "bin/mpiexec.gforker", "-n", "2"]
     command = [*mpiexec, sys.executable, "-P", "-m", "nurion_utils.staging", source, tmp_path / "copy"]
