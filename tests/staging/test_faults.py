@@ -18,7 +18,7 @@ from nurion_utils import ranks, staging
 from nurion_utils.staging import copying
 from nurion_utils.staging.plans import RECORDS, TEMPORARY, scan
 
-KILLS = int(os.environ.get("KILLS", 10))
+KILLS = int(os.environ.get("KILLS", 20))
 STAGE = "import sys; from nurion_utils.staging import stage; print(stage(*sys.argv[1:3], workers=2))"
 
 
@@ -40,7 +40,7 @@ def leftovers(folder: Path) -> list[Path]:
 @pytest.mark.slow
 def test_killed_at_random_moments_no_file_is_ever_wrong_and_the_next_run_goes_on(tmp_path):
     rng, source = random.Random(4), tmp_path / "source"
-    for i in range(160):  # enough for several batches, and long files that a kill meets half-way
+    for i in range(240):  # enough for several batches, and long files that a kill meets half-way
         path = source / f"{i % 7}" / f"{i}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(rng.randbytes(2_500_000 if i % 40 == 0 else rng.choice([0, 1, 20_000])))
@@ -78,6 +78,7 @@ def test_killed_at_random_moments_no_file_is_ever_wrong_and_the_next_run_goes_on
     assert {name: path.read_bytes() for name, path in visible(source).items()} == truth
 
 
+@pytest.mark.slow
 def test_a_second_run_copies_only_what_a_killed_one_did_not(tmp_path):
     for i in range(300):
         (tmp_path / "source").mkdir(exist_ok=True)

@@ -200,7 +200,7 @@ def test_every_file_has_one_reader_and_shares_differ_from_the_mean_by_less_than_
         assert abs(share - sum(costs) / ranks) <= max(costs, default=0) + 1e-6
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=50), st.integers(1, 9))
 def test_passing_on_reads_everything_once_and_brings_it_to_everyone(sizes, ranks):
     plan = staging.StagePlan.of_sizes(sizes, ranks, replicate=True)

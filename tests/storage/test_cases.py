@@ -137,6 +137,7 @@ def words(figure) -> str:
     return " ".join(text.get_text() for text in figure.findobj(lambda each: hasattr(each, "get_text")))
 
 
+@pytest.mark.slow
 def test_every_figure_labels_its_axes_with_units(tmp_path: Path, published: pd.DataFrame):
     storage, workload = ParallelFileSystem(2, 50, 500, timeout_s=0.02), Workload(1, 1, 20, 100_000, 0.0)
     with EmulatedFileSystem(tmp_path, storage) as running:

@@ -16,6 +16,7 @@ from nurion_utils.storage import ParallelFileSystem, Workload, simulate, summari
 from nurion_utils.storage.model import METADATA
 
 no_deadline = settings(deadline=None)
+fewer = settings(deadline=None, max_examples=40)
 MS = 1e-3
 # 8 ms to serve 200 kB, of all four targets 100 MB/s; an open takes 2 ms
 SYSTEM = ParallelFileSystem(targets=4, target_mb_per_s=25, metadata_ops_per_s=500, timeout_s=30)
@@ -180,7 +181,7 @@ def test_a_job_ends_with_the_first_request_that_times_out_as_it_does_with_real_q
         assert ours[name].to_numpy() == pytest.approx(plain[name].where(plain[name] <= ends_s).to_numpy(), nan_ok=True)
 
 
-@no_deadline
+@fewer
 @given(cases())
 def test_no_more_comes_out_than_all_targets_deliver_and_the_metadata_server_opens(case):
     storage, workload = case
@@ -192,7 +193,7 @@ def test_no_more_comes_out_than_all_targets_deliver_and_the_metadata_server_open
     assert 0 <= summary["accelerator_utilisation"] <= 1 + 1e-9
 
 
-@no_deadline
+@fewer
 @given(cases())
 def test_who_asks_first_is_served_first(case):
     """Of files on one target; whole bursts, because the last file of one decides."""
@@ -201,7 +202,7 @@ def test_who_asks_first_is_served_first(case):
     assert (np.diff(table["ready_s"]) > 0).all()
 
 
-@no_deadline
+@fewer
 @given(cases(), st.integers(2, 4))
 def test_twice_the_bandwidth_of_every_target_is_never_slower(case, factor):
     storage, workload = case
