@@ -239,27 +239,29 @@ plt.show()
 #
 # ### Let Horovod search
 #
-# Horovod can look for a cycle time and a buffer by itself while it trains (`HOROVOD_AUTOTUNE=1`): it tries points, scores each in bytes of gradients per time, and lets a Bayesian optimiser say where to try next. It searches only for what has not been set, so it gets fresh ranks here, and the same network. `SHORT_SEARCH` ends the search after some 15 points of few steps each, a sixth of what Horovod would take; the last point is the best one once more.
+# Horovod can look for a cycle time and a buffer by itself while it trains (`HOROVOD_AUTOTUNE=1`): it tries points, scores each in bytes of gradients per time, and lets a Bayesian optimiser say where to try next. It searches only for what has not been set, so it gets fresh ranks here, and the same network. `SEARCH` ends the search after some 15 points of few steps each, a sixth of what Horovod would take; the last point is the best one once more.
 
 # %% alt="Left: the score of each point that Horovod's search tried, in the order of the search, with the best one so far as a line. Right: the points in the plane of cycle time and buffer size, larger dots for higher scores; the large ones have cycle times up to about 10 ms."
-SHORT_SEARCH = {  # read when Horovod is loaded: points to throw away, steps of a sample, points to try
+SEARCH = {  # read when Horovod is loaded; below the log: points to throw away, steps of a sample, points to try
+    "HOROVOD_AUTOTUNE": "1",
+    "HOROVOD_AUTOTUNE_LOG": str(files / "search.csv"),
     "HOROVOD_AUTOTUNE_WARMUP_SAMPLES": "1",
     "HOROVOD_AUTOTUNE_STEPS_PER_SAMPLE": "2",
     "HOROVOD_AUTOTUNE_BAYES_OPT_MAX_SAMPLES": "15",
 }
 
 
-def train_while_searching(log: str, steps: int = 200) -> None:
+def train_while_searching(steps: int = 200) -> None:
     """On every rank: the steps of the sweep above; rank 0 writes down each point that Horovod has tried."""
-    backends.init("MPI", cycle_ms=None, fusion_bytes=None, autotune_log=log)
+    backends.init("MPI", cycle_ms=None, fusion_bytes=None)
     step = backends.steps_of(models.mobilenet)("none")
     for _ in range(steps):
         step()
     backends.shutdown()
 
 
-with ranks.start(n_ranks, env=SHORT_SEARCH) as fresh:
-    fresh.run(train_while_searching, str(files / "search.csv"))
+with ranks.start(n_ranks, env=SEARCH) as fresh:
+    fresh.run(train_while_searching)
 search = pd.read_csv(files / "search.csv").rename_axis("point").reset_index()
 search = search.rename(columns={"cycle_time_ms": "cycle_ms", "tensor_fusion_threshold": "fusion_mb"})
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3), layout="constrained")

@@ -20,18 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Link:
-    """What a message costs: ``alpha_s + n * beta_s_per_byte``, and ``n * gamma_s_per_byte`` to reduce its n bytes."""
+    """What a message of n bytes costs: ``alpha_s + n * beta_s_per_byte``."""
 
     alpha_s: float
     beta_s_per_byte: float
-    gamma_s_per_byte: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             object.__setattr__(self, name, number(value, name, least=0))
 
     @classmethod
-    def of(cls, site: Site, gamma_s_per_byte: float = 0.0) -> Link:
+    def of(cls, site: Site) -> Link:
         """The links of the site's fabric: alpha from the latency of a message, beta from the rate of a link."""
         from nurion_utils.sites import SiteError
 
@@ -41,32 +40,27 @@ class Link:
                 f"the site {site.name!r} does not give latency_us and link_gb_per_s of a fabric: take a site that "
                 "does, such as 'nurion', or a Link of your own figures"
             )
-        return cls(fabric.latency_us * 1e-6, 1e-9 / fabric.link_gb_per_s, gamma_s_per_byte)
+        return cls(fabric.latency_us * 1e-6, 1e-9 / fabric.link_gb_per_s)
 
 
 def time(schedule: Schedule, size_bytes: float, link: Link) -> float:
     """Seconds on links that nobody shares: the sum over all steps of the slowest transfer in each.
 
-    The alpha-beta-gamma model (Thakur, Rabenseifner, Gropp 2005); reduces after receiving, and cuts the array of
-    `size_bytes` into equal chunks.
+    The model of Thakur, Rabenseifner and Gropp (2005), in which what reducing costs is counted in beta; the array of
+    `size_bytes` is cut into equal chunks.
     """
     n = number(size_bytes, "size_bytes", least=0)
     if not isinstance(link, Link):
         raise ValueError(f"link must be a Link(alpha_s, beta_s_per_byte), not {link!r}")
-
-    def slowest(transfers: frozenset[tuple[float, bool]]) -> float:
-        rates = (share * (link.beta_s_per_byte + reduce * link.gamma_s_per_byte) for share, reduce in transfers)
-        return link.alpha_s + n * max(rates)
-
-    return math.fsum(steps * slowest(transfers) for transfers, steps in schedule.kinds_of_step.items())
+    shares = schedule.longest_messages.items()
+    return math.fsum(steps * (link.alpha_s + n * share * link.beta_s_per_byte) for share, steps in shares)
 
 
 def fit(table: pd.DataFrame, contenders: Mapping[str, Schedule | None]) -> dict[str, Link]:
     """Each contender's alpha and beta from measured times, by least squares of the relative errors.
 
     A time is taken to be ``steps * alpha + size * volume * beta``, with the steps and the volume (the part of the
-    array that is under way, summed over the steps) of the contender's schedule. What reducing costs is in beta.
-    MPI's own allreduce, None, counts as one step and one volume.
+    array that is under way, summed over the steps) of the contender's schedule; MPI's own, None, has one of each.
     """
     from scipy.optimize import nnls
 

@@ -129,20 +129,11 @@ def _panel(axis: Axes, schedule: Schedule, number: int, held: np.ndarray) -> Non
         down = transfer.destination > transfer.source
         if there_and_back and not down:
             continue
-        gap, bend = (0.12, -0.4) if down else (-0.12, 0.4)
-        axis.add_patch(
-            FancyArrowPatch(
-                (schedule.chunks - 0.4, transfer.source + gap),
-                (schedule.chunks - 0.4, transfer.destination - gap),
-                connectionstyle=f"arc3,rad={bend}",
-                arrowstyle="<|-|>" if there_and_back else "-|>",
-                mutation_scale=7,
-                color=REDUCE if transfer.reduce else COPY,
-                ls="-" if transfer.reduce else (0, (3, 1.5)),
-                shrinkA=0,
-                shrinkB=0,
-            )
-        )
+        x, (gap, bend) = schedule.chunks - 0.4, (0.12, -0.4) if down else (-0.12, 0.4)
+        look = {"color": REDUCE, "ls": "-"} if transfer.reduce else {"color": COPY, "ls": (0, (3, 1.5))}
+        look |= {"connectionstyle": f"arc3,rad={bend}", "arrowstyle": "<|-|>" if there_and_back else "-|>"}
+        ends = (x, transfer.source + gap), (x, transfer.destination - gap)
+        axis.add_patch(FancyArrowPatch(*ends, mutation_scale=7, shrinkA=0, shrinkB=0, **look))
 
 
 def _legend(figure: Figure) -> None:

@@ -41,25 +41,13 @@ class FatTree:
     to the nodes, the nodes' memories, from the edge switches up, and down to them; `link_name` says which is which. The
     core switch on the route to a node is numbered by that node alone (d-mod-k; Zahavi 2010), as in real fabrics and
     SimGrid, which spreads the nodes of a switch over all its links.
-
-    Parameters
-    ----------
-    nodes
-        How many there are; the last edge switch may have free places.
-    edge_down, edge_up
-        Nodes, and core switches, on every edge switch.
-    link
-        What a message costs where it shares no link; every link has the bandwidth ``1 / beta_s_per_byte``.
-    memory_beta_s_per_byte
-        What a byte costs from one rank to another on the same node: no link of the network, but the node's memory,
-        which all such transfers of the node share.
     """
 
-    nodes: int
-    edge_down: int
-    edge_up: int
-    link: Link
-    memory_beta_s_per_byte: float
+    nodes: int  # the last edge switch may have free places
+    edge_down: int  # nodes on every edge switch
+    edge_up: int  # core switches on every edge switch
+    link: Link  # what a message costs where it shares no link
+    memory_beta_s_per_byte: float  # what a byte costs between ranks of a node, which all share the node's memory
 
     def __post_init__(self) -> None:
         for name in ("nodes", "edge_down", "edge_up"):
@@ -70,12 +58,8 @@ class FatTree:
         positive(self.memory_beta_s_per_byte, "memory_beta_s_per_byte")
 
     @classmethod
-    def of(cls, site: Site, gamma_s_per_byte: float = 0.0) -> FatTree:
-        """The fabric that joins the nodes of the site's first partition.
-
-        Transfers inside a node run at a third of its fast memory's rate (chosen: to copy and reduce a byte takes two
-        reads and a write).
-        """
+    def of(cls, site: Site) -> FatTree:
+        """The fabric of a site's first partition; ranks of a node talk at a third of its fast memory's rate."""
         from nurion_utils.sites import SiteError
 
         fabric, memory = site.fabric, site.node.fast_memory_gb_per_s
@@ -84,8 +68,8 @@ class FatTree:
                 f"the site {site.name!r} does not describe a fat tree (edge_down, edge_up) between nodes with fast "
                 "memory: take one that does, such as 'nurion', or make a FatTree of your own figures"
             )
-        link = Link.of(site, gamma_s_per_byte)
-        return cls(site.node.count, fabric.edge_down, fabric.edge_up, link, 1e-9 * _MEMORY_ACCESSES / memory)
+        memory_beta_s_per_byte = 1e-9 * _MEMORY_ACCESSES / memory
+        return cls(site.node.count, fabric.edge_down, fabric.edge_up, Link.of(site), memory_beta_s_per_byte)
 
     @property
     def edges(self) -> int:
@@ -125,48 +109,39 @@ class FatTree:
 
     def in_order(self, ranks: int, ranks_per_node: int = 1) -> np.ndarray:
         """The node of each rank when nodes are filled one after the other, from node 0 on."""
-        return self._fill(np.arange(self.nodes), ranks, ranks_per_node)
-
-    def random(self, ranks: int, seed: int, ranks_per_node: int = 1) -> np.ndarray:
-        """The node of each rank when nodes are drawn at random, in random order: as bad as it may reasonably get."""
-        return self._fill(np.random.default_rng(seed).permutation(self.nodes), ranks, ranks_per_node)
-
-    def scheduled(self, ranks: int, seed: int, ranks_per_node: int = 1) -> np.ndarray:
-        """The node of each rank as a busy batch system gives them: in order, but with gaps.
-
-        Other jobs of random sizes fill the machine from node 0 on; they end in random order until there are enough
-        free nodes, and of these the job gets the first.
-        """
-        needed = self._needed(ranks, ranks_per_node)
-        rng = np.random.default_rng(seed)
-        job_ends = np.cumsum(_LARGEST_OTHER_JOB ** rng.random(self.nodes)).astype(int)  # enough of them in any case
-        job_of = np.searchsorted(job_ends, np.arange(self.nodes), side="right")
-        turn = rng.permutation(job_of[-1] + 1)[job_of]  # at which turn each node becomes free
-        enough = np.searchsorted(np.cumsum(np.bincount(turn)), needed)
-        return self._fill(np.flatnonzero(turn <= enough), ranks, ranks_per_node)
-
-    def _needed(self, ranks: int, ranks_per_node: int) -> int:
         needed = -(-whole_number(ranks, "ranks") // whole_number(ranks_per_node, "ranks_per_node"))
         if needed > self.nodes:
             raise ValueError(
                 f"{ranks} ranks need {needed} nodes at {ranks_per_node} per node, but there are only {self.nodes}"
             )
-        return needed
+        return np.arange(ranks) // ranks_per_node
 
-    def _fill(self, nodes: np.ndarray, ranks: int, ranks_per_node: int) -> np.ndarray:
-        self._needed(ranks, ranks_per_node)
-        return nodes[np.arange(ranks) // ranks_per_node]
+    def random(self, ranks: int, seed: int, ranks_per_node: int = 1) -> np.ndarray:
+        """The node of each rank when nodes are drawn at random, in random order: as bad as it may reasonably get."""
+        return np.random.default_rng(seed).permutation(self.nodes)[self.in_order(ranks, ranks_per_node)]
+
+    def scheduled(self, ranks: int, seed: int, ranks_per_node: int = 1) -> np.ndarray:
+        """The node of each rank as a busy batch system gives them: in order, but with gaps.
+
+        Other jobs of random sizes fill the machine; they end in random order until there are enough free nodes.
+        """
+        places = self.in_order(ranks, ranks_per_node)
+        rng = np.random.default_rng(seed)
+        job_ends = np.cumsum(_LARGEST_OTHER_JOB ** rng.random(self.nodes)).astype(int)  # enough of them in any case
+        job_of = np.searchsorted(job_ends, np.arange(self.nodes), side="right")
+        turn = rng.permutation(job_of[-1] + 1)[job_of]  # at which turn each node becomes free
+        enough = np.searchsorted(np.cumsum(np.bincount(turn)), places[-1] + 1)
+        return np.flatnonzero(turn <= enough)[places]
 
 
 def simulate(
     schedule: Schedule, size_bytes: float, fabric: FatTree, placement: np.ndarray | None = None
 ) -> pd.DataFrame:
-    """Send every step of a schedule through a fat tree in which its transfers share links.
+    """Send every step of a schedule through a fat tree in which its transfers share links fairly.
 
-    A step takes the link's alpha, then until its last transfer has arrived and been reduced. Transfers share links
-    fairly; where none is shared, the sum over all steps is ``time(schedule, size_bytes, fabric.link)``. The array of
-    `size_bytes` is cut into equal chunks. `placement` has the node of each rank: from `FatTree.in_order` (the default),
-    `random`, `scheduled`, or of your own making.
+    A step takes the link's alpha, then until its last transfer has arrived. The array of `size_bytes` is cut into equal
+    chunks. `placement` has the node of each rank: from `FatTree.in_order` (the default), `random`, `scheduled`, or of
+    your own making.
 
     Returns
     -------
@@ -178,7 +153,7 @@ def simulate(
     ------
     ValueError
         A placement that does not give every rank a node of the fabric, a rank that the schedule does not have, or a
-        step whose transfers differ in their number of chunks, or of which only some are reduced.
+        step whose transfers differ in their number of chunks.
     """
     import pandas as pd
 
@@ -186,12 +161,11 @@ def simulate(
         raise ValueError(f"fabric must be a FatTree, such as FatTree.of(sites.load('nurion')), not {fabric!r}")
     chunk_bytes = number(size_bytes, "size_bytes", least=0) / schedule.chunks
     nodes = _nodes(schedule.ranks, fabric, placement)
-    # The steps of a ring share their columns, so that only the few different ones need work; an id stays what it is
-    # because the schedule keeps its columns.
+    # The steps of a ring share their columns, which the schedule keeps, so that only the few different ones need work.
     kinds: dict[tuple[int, ...], tuple[float, str, int]] = {}
     rows = []
     for number_of_step, step in enumerate(schedule.steps):
-        key = id(step.source), id(step.destination), id(step.count), id(step.reduce)
+        key = id(step.source), id(step.destination), id(step.count)
         if key not in kinds:
             _require_simple(number_of_step, step, schedule.ranks)
             kinds[key] = _simulate_step(step, chunk_bytes, fabric, nodes)
@@ -210,8 +184,7 @@ def _simulate_step(step: Step, chunk_bytes: float, fabric: FatTree, nodes: np.nd
     # Transfers of one size are all done when the busiest link is. Filling all links evenly, the first to be full is the
     # one with the least bandwidth per transfer, which is the busiest: its n transfers get 1/n of it each, and nobody
     # gets less. As others finish, loads only fall, so this stays so until those n finish together.
-    beta_s_per_byte = seconds_per_byte[busiest] + step.reduce[0] * fabric.link.gamma_s_per_byte
-    done_s = fabric.link.alpha_s + step.count[0] * chunk_bytes * beta_s_per_byte
+    done_s = fabric.link.alpha_s + step.count[0] * chunk_bytes * seconds_per_byte[busiest]
     return float(done_s), fabric.link_name(busiest), int(flows[busiest])
 
 
@@ -234,8 +207,8 @@ def _require_simple(number_of_step: int, step: Step, ranks: int) -> None:
     for column in (step.source, step.destination):
         if len(column) and not 0 <= column.min() <= column.max() < ranks:
             raise ScheduleError(f"step {number_of_step} names a rank that is not among 0 to {ranks - 1}")
-    if len(step) and (np.ptp(step.count) or np.ptp(step.reduce.astype(int))):
+    if len(step) and np.ptp(step.count):
         raise ScheduleError(
-            f"step {number_of_step} mixes transfers of different lengths, or reductions and copies, which the "
-            "simulation does not follow: put each kind into a step of its own"
+            f"step {number_of_step} mixes transfers of different lengths, which the simulation does not follow: put "
+            "each length into a step of its own"
         )

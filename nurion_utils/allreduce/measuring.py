@@ -36,7 +36,7 @@ def measure_allreduce(
     group
         The ranks of this machine, or those of a network lab, whose links carry everything.
     contenders
-        Schedules by name; None stands for MPI's own Allreduce, in place as well. They take turns in each repeat.
+        Schedules by name, which take turns; None stands for MPI's own Allreduce, in place as well.
     sizes_bytes
         Lengths of the array, multiples of 4.
 
@@ -44,11 +44,9 @@ def measure_allreduce(
     -------
     pandas.DataFrame
         One row per block: ``contender, ranks, size_bytes, repeat``, and ``time_s``, of one allreduce on the slowest
-        rank. In a lab, where a block is a single allreduce, also ``rate_mbit``;
-        ``theory_s``, the schedule's time on these links were there no latency (NaN for MPI's own);
-        ``bytes_sent``, by all ranks together, as the schedule says (NaN for MPI's own);
-        ``wire_bytes``, what the hosts' interfaces counted as sent: headers, acknowledgements and the few small
-        messages with which the ranks meet come on top.
+        rank. In a lab, where a block is a single allreduce, also ``rate_mbit``; ``theory_s``, the schedule's time on
+        these links were there no latency, and ``bytes_sent`` by all ranks together, as it says (both NaN for MPI's
+        own); ``wire_bytes``, what the hosts' interfaces counted as sent, headers and acknowledgements included.
 
     Raises
     ------

@@ -23,13 +23,10 @@ def run(
 
     Parameters
     ----------
-    comm
-        As many ranks as the schedule has.
     array
-        Of float16, float32, float64, int32 or int64; any shape, contiguous.
+        Of float16, float32, float64, int32 or int64; any shape and length, contiguous.
     op
-        "sum", "max", "min", "prod" or, of floating-point arrays, "mean": the sum, divided at the end, so the sum must
-        fit the type.
+        "sum", "max", "min", "prod" or, of floating-point arrays, "mean": the sum, which must fit the type, divided.
     trace
         Gets one entry per step that this rank takes part in: ``rank, step, sent_bytes, begin_s, received_s,
         end_s`` (seconds on the clock of `time.perf_counter`).
@@ -67,10 +64,10 @@ def run(
 
 @lru_cache(maxsize=64)
 def _moves(schedule: Schedule, rank: int, n: int) -> tuple[list[tuple], int]:
-    """This rank's steps in elements of an array of n, and how many elements it reduces at once at most.
+    """This rank's steps in elements of an array of n, and how many elements it takes apart at once at most.
 
-    Step, destination, first and last element to send, source, first and last to receive, whether to reduce, and
-    whether what is received goes into a place apart first: to be reduced, or because its own place is being sent.
+    The last entry of a step says whether what is received goes into a place apart first: to be reduced, or because its
+    own place is being sent.
     """
     bounds = [c * n // schedule.chunks for c in range(schedule.chunks + 1)]
     moves = []

@@ -69,6 +69,10 @@ class Step:
     def __len__(self) -> int:
         return len(self.source)
 
+    def chunks(self, i: int) -> tuple[int, int]:
+        """The first chunk of transfer `i`, and the one after its last."""
+        return int(self.chunk[i]), int(self.chunk[i] + self.count[i])
+
     def __str__(self) -> str:
         shown = []
         for t in self:
@@ -84,11 +88,11 @@ class Action(NamedTuple):
     """
 
     step: int
-    send_to: int | None
-    send: tuple[int, int]
-    receive_from: int | None
-    receive: tuple[int, int]
-    reduce: bool
+    send_to: int | None = None
+    send: tuple[int, int] = (0, 0)
+    receive_from: int | None = None
+    receive: tuple[int, int] = (0, 0)
+    reduce: bool = False
 
 
 class ScheduleError(ValueError):
@@ -145,18 +149,15 @@ class Schedule:
         for number, step in enumerate(self.steps):
             sent, received = (np.flatnonzero(column == rank) for column in (step.source, step.destination))
             if len(sent) > 1 or len(received) > 1:
-                raise ScheduleError(
-                    f"step {number}: rank {rank} {'sends' if len(sent) > 1 else 'receives'} more than one message, "
-                    "so that a partner would wait for it for ever; give each message a step of its own"
-                )
-            action = [number, None, (0, 0), None, (0, 0), False]
+                raise ScheduleError(f"step {number}: rank {rank} has two messages; give each a step of its own")
+            action = {}
             for i in sent:
-                action[1:3] = int(step.destination[i]), (int(step.chunk[i]), int(step.chunk[i] + step.count[i]))
+                action["send_to"], action["send"] = int(step.destination[i]), step.chunks(i)
             for i in received:
-                action[3:5] = int(step.source[i]), (int(step.chunk[i]), int(step.chunk[i] + step.count[i]))
-                action[5] = bool(step.reduce[i])
-            if len(sent) or len(received):
-                actions.append(Action(*action))
+                action["receive_from"], action["receive"] = int(step.source[i]), step.chunks(i)
+                action["reduce"] = bool(step.reduce[i])
+            if action:
+                actions.append(Action(number, **action))
         return tuple(actions)
 
     def messages(self, rank: int) -> int:
@@ -176,13 +177,8 @@ class Schedule:
         return itemsize * sum(stop * n // self.chunks - start * n // self.chunks for start, stop in sent)
 
     @cached_property
-    def kinds_of_step(self) -> Counter[frozenset[tuple[float, bool]]]:
-        """How many steps there are with the same shares of the array under way, reduced or copied."""
-        kinds = {}  # steps of a ring share their columns, so there are few of them to look at
-        found = Counter()
-        for step in filter(len, self.steps):
-            key = id(step.count), id(step.reduce)
-            if key not in kinds:
-                kinds[key] = frozenset({(count / self.chunks, reduce) for *_, count, reduce in step})
-            found[kinds[key]] += 1
-        return found
+    def longest_messages(self) -> Counter[float]:
+        """How many steps there are whose longest message is such a share of the array."""
+        columns = {id(step.count): step.count for step in self.steps if len(step)}  # few: steps of a ring share theirs
+        shares = {key: int(column.max()) / self.chunks for key, column in columns.items()}
+        return Counter(shares[id(step.count)] for step in self.steps if len(step))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from mpi4py import MPI
@@ -25,21 +25,10 @@ SPINS = 20  # looks at a counter before the core is offered to somebody else
 
 
 class SharedArray:
-    """One array per rank, all in memory that every rank of the node can read.
+    """One array of `n` elements per rank of `comm`, all in memory that every rank of the node can read.
 
-    Parameters
-    ----------
-    comm : mpi4py.MPI.Comm
-        Ranks of one node; all of them create it together, with the same arguments.
-    n : int
-        Number of elements.
-    dtype
-        float16, float32, float64, int32 or int64.
-
-    Raises
-    ------
-    ValueError
-        On every rank, when the arguments cannot be used or differ, or when the ranks share no memory.
+    All ranks create it together, with the same arguments. `dtype` is float16, float32, float64, int32 or int64.
+    ValueError on every rank if the arguments cannot be used or differ, or if the ranks share no memory.
     """
 
     def __init__(self, comm: MPI.Comm, n: int, dtype: Any = "float32"):
@@ -136,24 +125,17 @@ class SharedArray:
             self.close()
 
 
-class _Move(NamedTuple):
-    step: int
-    source: int | None
-    pieces: list[slice]
-    reduce: bool
-    apart: bool  # what I write is being read in this very step, perhaps by the rank I read from
-    readers: list[tuple[int, int]]  # rank and step of those that read, up to now, what I am to overwrite
-
-
 @lru_cache(maxsize=64)
-def _passes(schedule: Schedule, rank: int, n: int, at_once: int) -> tuple[list[list[_Move]], list[tuple[int, int]]]:
+def _passes(schedule: Schedule, rank: int, n: int, at_once: int) -> tuple[list[list[tuple]], list[tuple[int, int]]]:
     """What `rank` does with an array of n elements, in passes over `at_once` or a little more of each chunk's.
 
-    A pass takes its part of every chunk, so that each element is in the chunk it belongs to. Returns as well who reads
-    from this rank, and in which step for the last time.
+    A pass takes its part of every chunk, so that each element is in the chunk it belongs to. Its moves are: step,
+    source or None, slices, whether to reduce, whether what is written is being read in this very step, and rank and
+    step of those that read, up to now, what is overwritten. Returns as well who reads from this rank, and in which step
+    for the last time.
     """
     bounds = [c * n // schedule.chunks for c in range(schedule.chunks + 1)]
-    passes: list[list[_Move]] = [[] for _ in range(max(1, n // (schedule.chunks * at_once)))]
+    passes: list[list[tuple]] = [[] for _ in range(max(1, n // (schedule.chunks * at_once)))]
     cuts = [[a + k * (b - a) // len(passes) for k in range(len(passes) + 1)] for a, b in pairwise(bounds)]
     sent = []
     for a in schedule.actions(rank):
@@ -166,7 +148,7 @@ def _passes(schedule: Schedule, rank: int, n: int, at_once: int) -> tuple[list[l
             if len(passes) == 1:  # then chunks that follow one another are one piece
                 pieces = [slice(bounds[r0], bounds[r1])]
             apart = a.step in readers.values()
-            moves.append(_Move(a.step, a.receive_from, pieces, a.reduce, apart, list(readers.items())))
+            moves.append((a.step, a.receive_from, pieces, a.reduce, apart, list(readers.items())))
     return passes, list({reader: step for reader, step, *_ in sent}.items())
 
 

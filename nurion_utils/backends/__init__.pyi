@@ -6,12 +6,12 @@ from .choosing import KEEP_MEMORY as KEEP_MEMORY
 from .choosing import Backend as Backend
 from .choosing import BackendError as BackendError
 from .choosing import settings as settings
-from .epochs import GRADIENT_BYTES as GRADIENT_BYTES
-from .epochs import measure_epochs as measure_epochs
-from .fusion import measure_fusion as measure_fusion
-from .fusion import steps_of as steps_of
 from .measuring import BackendWorlds as BackendWorlds
 from .measuring import measure_backends as measure_backends
 from .measuring import timed as timed
 from .process import init as init
 from .process import shutdown as shutdown
+from .trainings import GRADIENT_BYTES as GRADIENT_BYTES
+from .trainings import measure_epochs as measure_epochs
+from .trainings import measure_fusion as measure_fusion
+from .trainings import steps_of as steps_of

@@ -25,9 +25,8 @@ KEEP_MEMORY = {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{setting}" for setting 
 LONGEST_CYCLE_MS = 10_000
 LONGEST_FUSION_BYTES = 2**31 - 1  # MPI counts with 32 bits, and there are tensors of bytes
 CYCLE, FUSION = "HOROVOD_CYCLE_TIME", "HOROVOD_FUSION_THRESHOLD"
-TIMELINE, SEARCH, SEARCH_LOG = "HOROVOD_TIMELINE", "HOROVOD_AUTOTUNE", "HOROVOD_AUTOTUNE_LOG"
-OPERATIONS, CONTROLLER = "HOROVOD_CPU_OPERATIONS", "HOROVOD_CONTROLLER"
-ARGUMENTS = [OPERATIONS, CONTROLLER, CYCLE, FUSION, TIMELINE, SEARCH, SEARCH_LOG]  # which a Backend cannot set
+TIMELINE, OPERATIONS, CONTROLLER = "HOROVOD_TIMELINE", "HOROVOD_CPU_OPERATIONS", "HOROVOD_CONTROLLER"
+ARGUMENTS = [OPERATIONS, CONTROLLER, CYCLE, FUSION, TIMELINE]  # which a Backend cannot set
 
 
 class BackendError(RuntimeError):
@@ -38,24 +37,14 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """A library that carries Horovod's bytes, and how it is set.
+    """A library that carries Horovod's bytes, and how it is set; ValueError if it cannot be set so.
 
-    Attributes
-    ----------
-    operations : str
-        Value of HOROVOD_CPU_OPERATIONS: "MPI", "GLOO" or "CCL".
-    env : Mapping of str to str
-        Further environment variables, such as the algorithm of oneCCL. They are set when ranks already run: MPICH's
-        own, and those of the C library, belong into ``ranks.start(n, env=...)``.
-
-    Raises
-    ------
-    ValueError
-        There are no such operations, a variable cannot be set, or it is set by an argument of `init`.
+    The variables of ``env`` are set when ranks already run: those that MPICH or the C library read when a process
+    starts belong into ``ranks.start(n, env=...)``.
     """
 
-    operations: str
-    env: Mapping[str, str] = field(default_factory=dict)
+    operations: str  # value of HOROVOD_CPU_OPERATIONS: "MPI", "GLOO" or "CCL"
+    env: Mapping[str, str] = field(default_factory=dict)  # further variables, such as the algorithm of oneCCL
 
     def __post_init__(self) -> None:
         one_of(self.operations, "the operations of a backend", ("MPI", "GLOO", "CCL"))
@@ -112,7 +101,6 @@ def settings(
     cycle_ms: float | None = 1.0,
     fusion_bytes: int | None = FUSION_BUFFER_BYTES,
     timeline: str | Path | None = None,
-    autotune_log: str | Path | None = None,
 ) -> dict[str, str]:
     """Environment variables that make Horovod run over a backend: what `init` sets, and what a job script exports.
 
@@ -122,15 +110,13 @@ def settings(
         Name in `BACKENDS`, or one of your own making.
     cycle_ms
         How often Horovod looks for tensors to reduce, in milliseconds (HOROVOD_CYCLE_TIME; 1 is its default), up to
-        10,000. None leaves it at what it was in this process or is in its environment, or at the default.
+        10,000. None leaves it at what it was in this process or is in its environment, or at the default, from which
+        Horovod searches for a better one where HOROVOD_AUTOTUNE is 1.
     fusion_bytes
         Longest buffer that tensors are packed into (HOROVOD_FUSION_THRESHOLD; 128 MiB is its default), below 2 GiB.
         0 packs none; None as above.
     timeline
         File that rank 0 writes Horovod's timeline to. It is complete after `shutdown`.
-    autotune_log
-        File that rank 0 writes the log of Horovod's search for a good cycle time and fusion threshold to. It searches
-        for what is None here and not in the environment, and only in a process in which neither was set before.
 
     Raises
     ------
@@ -138,14 +124,9 @@ def settings(
         An argument is not possible.
     """
     backend = known(backend)
-    for file in (timeline, autotune_log):
-        text = isinstance(file, str | os.PathLike) and os.fspath(file)
-        if file is not None and (not text or not isinstance(text, str) or "\0" in text or text == "DYNAMIC"):
-            raise ValueError(f"timeline and autotune_log are names of files, not {file!r}")
-    if timeline is not None and autotune_log is not None and os.path.abspath(timeline) == os.path.abspath(autotune_log):
-        raise ValueError(f"timeline and autotune_log are two files, not both {timeline}")
-    if autotune_log is not None and None not in (cycle_ms, fusion_bytes):
-        raise ValueError("with cycle_ms and fusion_bytes both set there is nothing to search: pass None for one")
+    file = isinstance(timeline, str | os.PathLike) and os.fspath(timeline)
+    if timeline is not None and (not isinstance(file, str) or file in ("", "DYNAMIC") or "\0" in file):
+        raise ValueError(f"timeline is the name of a file, not {timeline!r}")
     chosen = {**backend.env, OPERATIONS: backend.operations}
     chosen[CONTROLLER] = "gloo" if backend.operations == "GLOO" else "mpi"
     if cycle_ms is not None:
@@ -153,7 +134,5 @@ def settings(
     if fusion_bytes is not None:
         chosen[FUSION] = str(whole_number(fusion_bytes, "fusion_bytes", 0, LONGEST_FUSION_BYTES))
     if timeline is not None:
-        chosen[TIMELINE] = os.fspath(timeline)
-    if autotune_log is not None:
-        chosen |= {SEARCH: "1", SEARCH_LOG: os.fspath(autotune_log)}
+        chosen[TIMELINE] = file
     return chosen

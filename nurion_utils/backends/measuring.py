@@ -23,9 +23,7 @@ from nurion_utils.backends.process import init, shutdown
 from nurion_utils.ranks import RankError
 
 if TYPE_CHECKING:
-    import keras
     import pandas as pd
-    import tensorflow as tf
 
     from nurion_utils.ranks import World
     from nurion_utils.ranks.launchers.lab import Lab
@@ -56,12 +54,10 @@ def measure_backends(
     ----------
     sizes_bytes
         Lengths of the tensor, multiples of 4.
-    ranks
-        Ranks per backend.
+    ranks, repeats
+        Ranks per backend, and turns that each backend gets.
     backends
         Names in `BACKENDS`, or backends of your own by name.
-    repeats
-        Turns that each backend gets.
     cycles_ms
         Values of Horovod's cycle time; each backend is measured with every one in each turn.
     env
@@ -121,19 +117,8 @@ def _each_once(values: Sequence[T], name: str) -> list[T]:
 class BackendWorlds:
     """Ranks for each backend, on which it has been proved to run, until the end of a ``with`` statement.
 
-    Parameters
-    ----------
-    backends
-        By name.
-    start
-        Starts the ranks of one: gives a `World` or a `Lab`.
-    timeout_s
-        After this time a call has failed.
-
-    Attributes
-    ----------
-    absent : dict of str to str
-        Backends that cannot be run, and why.
+    ``backends`` are by name, ``start`` starts the ranks of one, and a call has failed after ``timeout_s``. ``absent``
+    says of each backend that cannot be run why.
     """
 
     def __init__(
@@ -176,10 +161,7 @@ class BackendWorlds:
     def run(self, name: str, function: Callable[..., T], *args: Any) -> list[T]:
         """The results of ``function(*args)`` on the ranks of a backend, by rank; if they die, once more on new ones.
 
-        Raises
-        ------
-        RankError
-            The function raised, did not end in time, or the new ranks died as well.
+        Raises `RankError` if the function raised, did not end in time, or the new ranks died as well.
         """
         try:
             return self._worlds[name].run(function, *args, timeout_s=self._timeout_s)
@@ -227,12 +209,11 @@ def timed(backend: Backend, sizes_bytes: list[int], cycles_ms: list[float]) -> d
     for cycle_ms in cycles_ms:
         init(backend, cycle_ms=cycle_ms)
         for size_bytes in sizes_bytes:
-            reduce, tensor, expected = _tensor(size_bytes, comm.rank, comm.size)
-            call = partial(reduce, tensor)
-            sums = [call()]
-            timing.block(comm, call, 2)
-            times[cycle_ms, size_bytes] = timing.block(comm, call, timing.calls_in(comm, call, BLOCK_S, MOST_CALLS))
-            sums.append(call())
+            reduce, expected = _allreduce(size_bytes, comm.rank, comm.size)
+            sums = [reduce()]
+            timing.block(comm, reduce, 2)
+            times[cycle_ms, size_bytes] = timing.block(comm, reduce, timing.calls_in(comm, reduce, BLOCK_S, MOST_CALLS))
+            sums.append(reduce())
             if not all(np.array_equal(each, expected) for each in sums):
                 raise ArithmeticError(f"{backend} gave a wrong sum of {size_bytes} bytes")
         shutdown()
@@ -240,30 +221,11 @@ def timed(backend: Backend, sizes_bytes: list[int], cycles_ms: list[float]) -> d
 
 
 @lru_cache(maxsize=32)
-def _tensor(size_bytes: int, rank: int, n_ranks: int) -> tuple[Callable, Any, np.ndarray]:
-    """An allreduce as a TensorFlow function, this rank's tensor, and the exact sum."""
+def _allreduce(size_bytes: int, rank: int, n_ranks: int) -> tuple[Callable[[], Any], np.ndarray]:
+    """What reduces this rank's tensor by a TensorFlow function, and the exact sum."""
     import horovod.tensorflow as hvd
     import tensorflow as tf
 
     mine, total = timing.exact_arrays(size_bytes, rank, n_ranks)
     reduce = tf.function(lambda tensor: hvd.allreduce(tensor, op=hvd.Sum, name=f"bytes_{size_bytes}"))
-    return reduce, tf.constant(mine), total
-
-
-def random_training(model: Callable[[], keras.Model], batch: int) -> tuple[keras.Model, Callable[[], list[tf.Tensor]]]:
-    """On every rank: a network, and what computes its gradients of the mean square of its outputs for random inputs."""
-    import keras
-    import tensorflow as tf
-    from mpi4py import MPI
-
-    keras.utils.set_random_seed(1)  # equal weights on all ranks, other samples on each
-    network = model()
-    random = np.random.default_rng(MPI.COMM_WORLD.rank)
-    x = tf.constant(random.random((batch, *network.input_shape[1:])), tf.float32)
-
-    def gradients() -> list[tf.Tensor]:
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(tf.square(network(x, training=True)))
-        return tape.gradient(loss, network.trainable_variables)
-
-    return network, gradients
+    return partial(reduce, tf.constant(mine)), total

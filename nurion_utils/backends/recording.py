@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from nurion_utils.backends.choosing import BACKENDS, GLOO_AS_SHIPPED, KEEP_MEMORY, Backend
-from nurion_utils.backends.epochs import measure_epochs
 from nurion_utils.backends.measuring import measure_backends
+from nurion_utils.backends.trainings import measure_epochs
 
 WITHOUT_WORKER = Backend("CCL", {"CCL_ALLREDUCE": "ring", "CCL_WORKER_OFFLOAD": "0"})
 SIZES = [2**12, 2**16, 2**18, 2**20, 2**22, 2**24, 2**26]

@@ -15,14 +15,14 @@ from nurion_utils.allreduce import FatTree, Link, Schedule, Step, Transfer, fatt
 
 SIMGRID = Path(__file__).parent / "simgrid"
 ALGORITHMS = [*allreduce.ALGORITHMS]
-LINK = Link(alpha_s=1e-6, beta_s_per_byte=1e-9, gamma_s_per_byte=3e-10)
+LINK = Link(alpha_s=1e-6, beta_s_per_byte=1e-9)
 MIXED = Schedule("mixed", 4, 4, [Step.of([Transfer(0, 1, 0, 4), Transfer(2, 3, 0, 3)])])
 no_deadline = settings(deadline=None)  # the first example imports pandas
 
 
 @pytest.fixture(scope="module")
 def nurion() -> FatTree:
-    return FatTree.of(sites.load("nurion"), gamma_s_per_byte=1e-11)
+    return FatTree.of(sites.load("nurion"))
 
 
 def _tree(nodes: int = 16, down: int = 4, up: int = 2) -> FatTree:
@@ -42,7 +42,7 @@ def trees(draw) -> FatTree:
 def test_nurion_is_what_its_description_says(nurion):
     assert (nurion.nodes, nurion.edge_down, nurion.edge_up, nurion.edges) == (8305, 32, 16, 260)
     link = nurion.link
-    assert (link.alpha_s, 1e-9 / link.beta_s_per_byte, link.gamma_s_per_byte) == pytest.approx((2.5e-6, 12.3, 1e-11))
+    assert (link.alpha_s, 1e-9 / link.beta_s_per_byte) == pytest.approx((2.5e-6, 12.3))
     assert nurion.memory_beta_s_per_byte == pytest.approx(3 / 490e9)
 
 
@@ -167,11 +167,11 @@ def test_time_beyond_latency_grows_as_the_array_does(algorithm, ranks, size, fac
     assert more.to_numpy() == pytest.approx(factor * less.to_numpy(), rel=1e-6, abs=1e-15)
 
 
-def test_the_steps_of_a_ring_are_worked_out_only_twice(nurion, monkeypatch):
+def test_the_steps_of_a_ring_are_worked_out_only_once(nurion, monkeypatch):
     worked_out, real = [], fattree._simulate_step
     monkeypatch.setattr(fattree, "_simulate_step", lambda *given: worked_out.append(given) or real(*given))
     assert len(simulate(allreduce.ring(8305), 1e8, nurion)) == 16608
-    assert len(worked_out) == 2  # with and without reduction
+    assert len(worked_out) == 1
 
 
 def test_hierarchical_sends_between_nodes_what_a_ring_of_the_nodes_does():

@@ -270,3 +270,37 @@ def test_a_run_s_trace_is_drawn_as_a_timeline_of_all_ranks(world5: ranks.World):
     assert (table["begin_s"] <= table["received_s"]).all() and (table["received_s"] <= table["end_s"]).all()
     axis = allreduce.draw_trace(table).axes[0]
     assert axis.get_xlabel() == "time, ms" and len(axis.patches) == 2 * len(table)
+
+
+def far(n: int, dtype: np.dtype) -> np.ndarray:
+    """An array of any length in little memory: all of it but its last 16 MiB is the same 16 MiB again and again."""
+    import ctypes
+    import mmap
+    import os
+
+    tile, n_bytes = 2**24, n * np.dtype(dtype).itemsize
+    file = os.memfd_create("tile")
+    os.ftruncate(file, tile)
+    c_mmap = ctypes.CDLL(None).mmap
+    c_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    c_mmap.restype, memory, fixed = ctypes.c_void_p, mmap.mmap(-1, max(n_bytes, 1)), 0x10  # MAP_FIXED
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for at in range(begin, begin + n_bytes - tile, tile):
+        assert c_mmap(at, tile, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | fixed, file, 0) == at
+    os.close(file)
+    return np.frombuffer(memory, dtype, n)
+
+
+def test_messages_may_be_longer_than_32_bits_can_count(world2: ranks.World):
+    def reduce() -> tuple[int, bool, bool]:
+        from unittest import mock
+
+        comm, n = running.CountingComm(MPI.COMM_WORLD), 2**29 + 2**22
+        array, tile = far(n, "float32"), 2**22
+        array[:tile], array[-tile:] = comm.rank, comm.rank + 10
+        with mock.patch.object(np, "empty", far):  # for what is received, too
+            allreduce.run(allreduce.naive(2), comm, array, "max")  # the one operation that may be done twice
+        return comm.bytes_sent, (array[:tile] == 1).all(), (array[-tile:] == 11).all()
+
+    sent = 4 * (2**29 + 2**22)
+    assert sent > 2**31 and world2.run(reduce, timeout_s=2 * TIMEOUT_S) == [(sent, True, True)] * 2

@@ -35,21 +35,9 @@ def timeline(
 ) -> Figure:
     """What went on when: lanes for the computation and the announcements of each rank, and for each phase.
 
-    What is less than a thousandth of the picture apart is drawn as one.
-
-    Parameters
-    ----------
-    table
-        As of `read`.
-    compute
-        ``start_s, duration_s`` and, if of more than one rank, ``rank``, on the clock of the timeline as in `steps`.
-    first_s, last_s
-        The part to draw, in seconds since the start of the timeline; None stands for the first and the last span.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        The lane "wire" has the numbers of the buffers, where there is room.
+    `table` is as of `read`, `compute` as of `steps`, and drawn is what lies between `first_s` and `last_s`, in seconds
+    since the start of the timeline; None stands for the first and the last span. What is less than a thousandth of the
+    picture apart is drawn as one. The lane "wire" has the numbers of the buffers, where there is room.
 
     Raises
     ------

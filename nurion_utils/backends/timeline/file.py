@@ -1,4 +1,4 @@
-"""A Horovod timeline from its file to a table.
+"""A Horovod timeline from its file to a table of spans.
 
 Read here is what Horovod 0.28.1 writes, by its horovod/common/timeline.cc: Chrome's trace format, with a process for
 each tensor. Such a file may break off anywhere: at shutdown the writer drops what it has not written yet.
@@ -6,13 +6,12 @@ each tensor. Such a file may break off anywhere: at shutdown the writer drops wh
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +19,16 @@ import msgspec
 import numpy as np
 import pandas as pd
 
-from nurion_utils.backends.timeline.spans import PHASES, meaning, pair
+# Whole operations, by horovod/common/message.cc; activities, which are parts of them, by horovod/common/common.h.
+OPERATIONS = ["allreduce", "allgather", "broadcast", "reducescatter", "adasum", "alltoall", "error"]
+ACTIVITIES = {
+    "queue": r"WAIT_FOR_(OTHER_TENSOR_)?DATA|QUEUE",
+    "fuse": r"MEMCPY_IN_.*",
+    "wire": r"(MPI|CCL|GLOO|NCCL|DDL)_.*",
+    "unfuse": r"MEMCPY_OUT_.*|COPY_ALLGATHER_OUTPUT",
+    "prepare": r".*",  # INIT_FUSION_BUFFER, ALLOCATE_OUTPUT and the like
+}
+PHASES = ["negotiate", *OPERATIONS, *ACTIVITIES, "ready", "cycle"]
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=10**18)]
 
@@ -46,16 +54,11 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 KINDS = re.compile(r"B[A-Z_]+|E|X\d{1,6}|iCYCLE_START|Mprocess_(name|sort_index)")  # ph and name
-ENTRY, ENTRIES = msgspec.json.Decoder(_Entry), msgspec.json.Decoder(list[_Entry])
-
-# The name of a tensor is written as it is, quotes and all, and goes on until the next line begins, or the file ends.
-TENSOR = re.compile(rb'"args": \{"name": "((?:(?!\{"ph": ")[\s\S])*?)(?:"\}\},\s*\{"name": "process_sort_index"|\Z)')
-HEAD = "the head of a Horovod timeline"
-AN_EVENT = 'an event like {"ph": "B", "name": ..., "ts": ..., "pid": ...} or the end of the list'
+ENTRIES = msgspec.json.Decoder(list[_Entry])
 
 
 class TimelineError(ValueError):
-    """A file that is no readable timeline; the sentence names the file, the byte and what was expected there."""
+    """A file that is not a readable timeline; the sentence names the file, the place in it and what is wrong there."""
 
     __module__ = "nurion_utils.backends.timeline"  # where the reader finds it
 
@@ -89,34 +92,34 @@ def read(path: str | Path) -> pd.DataFrame:
           on CPUs; those of NCCL may overlap).
 
         Its ``attrs`` are ``epoch_s``, the start in seconds since 1970 (NaN if the file is cut off before it), and
-        ``unfinished``, the number of spans that have no end and are left out.
+        ``unfinished``, the number of spans without an end, which are left out.
 
     Raises
     ------
     TimelineError
         The file is missing, empty, not a timeline, or malformed other than by being cut off.
     """
-    data = _load(path)
-    text, names = _without_names(data)
-    entries = _entries(path, data, text)
+    entries = _entries(path)
     numbers: dict[tuple[str, str], int] = defaultdict(lambda: len(numbers))  # few kinds, numbered as they come
     kind = np.array([numbers[entry.ph, entry.name] for entry in entries], np.int32)
     place = np.flatnonzero(~np.isin(kind, [number for (letter, _), number in numbers.items() if letter == "M"]))
     events, kind = [entries[i] for i in place.tolist()], kind[place]
 
     def fail(i: int, expected: str) -> None:
-        raise _malformed(path, data, next(islice(_places(text), int(place[i]), None)), expected)
+        raise TimelineError(f"{path}, entry {place[i]}: expected {expected}; found {msgspec.to_builtins(events[i])}")
 
-    meanings = [meaning(*each) for each in numbers]
-    tensors, of_pid = _tensors(entries, names)
+    names = {entry.pid: entry.args.name for entry in entries if entry.args and entry.name == "process_name"}
+    codes, tensors = pd.factorize(np.array([*names.values()], object))
+    of_pid = dict(zip(names, codes.tolist(), strict=True))
     tensor = np.array([of_pid.get(event.pid, -1) for event in events], np.int32)
     if (tensor < 0).any():
         fail(np.argmax(tensor < 0), "a tensor that has a name")
     time_us = np.fromiter((event.ts for event in events), np.int64, len(events))
     if (np.diff(time_us) < 0).any():
         fail(np.argmax(np.diff(time_us) < 0) + 1, "a time no earlier than that of the event before")
+    meanings = [_meaning(*each) for each in numbers]
     phases = [phase for phase, _, _ in meanings]
-    rows, occurrences, unfinished = pair([phases[each] for each in kind.tolist()], tensor.tolist(), fail)
+    rows, occurrences, unfinished = _pair([phases[each] for each in kind.tolist()], tensor.tolist(), fail)
 
     (begin, end, occurrence), (end_of, buffer_of) = rows, occurrences
     types = {"phase": pd.CategoricalDtype(PHASES), "activity": "category", "rank": "int32"}
@@ -132,75 +135,92 @@ def read(path: str | Path) -> pd.DataFrame:
     return table
 
 
-def _load(path: str | Path) -> bytes:
+def _entries(path: str | Path) -> list[_Entry]:
+    """All entries of a file, without the one in which it is cut off."""
     try:
         data = Path(path).read_bytes()
+        entries = _decoded(data) if data else []
     except OSError as error:
         raise TimelineError(f"{path} cannot be read: {error.strerror}; rank 0 writes to HOROVOD_TIMELINE") from None
+    except msgspec.DecodeError as error:
+        raise TimelineError(f"{path} is not a Horovod timeline: {error}") from None
     if not data:
         raise TimelineError(f"{path} is empty: Horovod writes nothing before the first operation")
-    return data
-
-
-def _malformed(path: str | Path, data: bytes, offset: int, expected: str) -> TimelineError:
-    return TimelineError(f"{path}, byte {offset}: expected {expected}; found {data[offset : offset + 60]!r}")
-
-
-def _without_names(data: bytes) -> tuple[bytearray, list[str]]:
-    """The file as JSON of the same length, in which names of tensors are blank, and the names in their order."""
-    text, names = bytearray(data), []
-    for name in TENSOR.finditer(data):
-        names.append(name[1].decode(errors="backslashreplace"))
-        text[slice(*name.span(1))] = b" " * len(name[1])
-    return text, names
-
-
-def _entries(path: str | Path, data: bytes, text: bytearray) -> list[_Entry]:
-    """All entries of a file, without the one in which it is cut off."""
-    texts, entries, cut = [text], None, False
-    while texts and entries is None:
-        try:
-            entries = ENTRIES.decode(texts.pop())
-        except msgspec.DecodeError as error:
-            if not cut and "truncated" in str(error):
-                cut = True
-                begun = max(
-                    text.rfind(separator) + 1 for separator in (b",{", b",\n{", b"[\n{")
-                )  # where the last begins
-                texts = [text[:end].rstrip(b", \n") + b"]" for end in (begun, len(text))]
-    if entries is None or not all(KINDS.fullmatch(kind) for kind in {entry.ph + entry.name for entry in entries}):
-        *before, offset = _places(text)
-        raise _malformed(path, data, offset, AN_EVENT if before else HEAD)
-    headed = entries and entries[0].args and entries[0].args.start_time_since_epoch_in_micros is not None
-    if not headed and (entries or not cut):
-        raise _malformed(path, data, 0, HEAD)
+    if strange := {entry.ph + entry.name for entry in entries if not KINDS.fullmatch(entry.ph + entry.name)}:
+        raise TimelineError(f"{path} is not a Horovod timeline: it has an event {min(strange)!r}")
+    if entries and not (entries[0].args and entries[0].args.start_time_since_epoch_in_micros is not None):
+        raise TimelineError(f"{path} is not a Horovod timeline: its first entry does not say when it was started")
     return entries
 
 
-def _places(text: bytearray) -> Iterator[int]:
-    """The byte where each entry begins, up to the first that is not valid; found one by one, so only to tell of it."""
-    characters, at, separator = text.decode("latin-1"), 0, re.compile(r"\s*\[\s*")  # one character per byte
-    while match := separator.match(characters, at):
-        at, separator = match.end(), re.compile(r"\s*[,\]]\s*")
-        yield at
-        try:
-            _, end = json.JSONDecoder().raw_decode(characters, at)
-            entry = ENTRY.decode(text[at:end])
-            if not KINDS.fullmatch(entry.ph + entry.name):
-                return
-        except (ValueError, msgspec.DecodeError):
-            return
-        at = end
-    yield at
+def _decoded(text: bytes) -> list[_Entry]:
+    try:
+        if entries := ENTRIES.decode(text):
+            return entries
+        raise msgspec.ValidationError("it has no entries")
+    except msgspec.DecodeError as error:
+        if "truncated" not in str(error):
+            raise
+    with contextlib.suppress(msgspec.DecodeError):  # unless it is cut off within an entry
+        return ENTRIES.decode(text.rstrip(b", \n") + b"]")
+    last = max(text.rfind(separator) + 1 for separator in (b",{", b",\n{", b"[\n{"))  # where the last one begins
+    return ENTRIES.decode(text[:last].rstrip(b", \n") + b"]")
 
 
-def _tensors(entries: list[_Entry], names: list[str]) -> tuple[list[str], dict[int, int]]:
-    """The names of tensors, the first that of none, and which of them each process is."""
-    tensors, of_pid = {"": 0}, {0: 0}
-    processes = [entry.pid for entry in entries if entry.ph == "M" and entry.name == "process_name"]
-    for pid, name in zip(processes[1:], names, strict=False):  # the first is the head; a last name may be cut off
-        of_pid[pid] = tensors.setdefault(name, len(tensors))
-    return [*tensors], of_pid
+def _meaning(letter: str, name: str) -> tuple[str | None, str, int]:
+    """Phase, activity and rank of an event; an end has none."""
+    if letter in "EM":
+        return None, "", -1
+    if letter == "X":
+        return "ready", "", int(name)
+    if letter == "i":
+        return "cycle", name, -1
+    if name.startswith("NEGOTIATE_"):
+        return "negotiate", name, -1
+    if name.lower() in OPERATIONS:
+        return name.lower(), name, -1
+    return next(phase for phase, pattern in ACTIVITIES.items() if re.fullmatch(pattern, name)), name, -1
+
+
+def _pair(
+    phases: list[str | None], tensors: list[int], fail: Callable[[int, str], None]
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Rows (events that begin and end them, occurrence), occurrences (end and buffer, or -1), the number of open spans.
+
+    A tensor is negotiated, then in an operation with one activity after the other inside it, and so on. A missing
+    beginning is passed over: `hvd.start_timeline` may begin a file amid operations, and if two process sets negotiate
+    the same name at a time, Horovod writes one beginning and two ends.
+    """
+    rows, occurrences, under_way, buffer = [], [], 0, -1
+    operations = set(OPERATIONS)
+    spans_of, occurrence_of = defaultdict(list), {}
+    for i, (phase, tensor) in enumerate(zip(phases, tensors, strict=True)):
+        spans, occurrence = spans_of[tensor], occurrence_of.setdefault(tensor, len(occurrences))
+        if occurrence == len(occurrences):
+            occurrences.append([-1, -1])
+        if phase in ("ready", "cycle"):
+            rows += (i, i, occurrence)
+        elif phase in ACTIVITIES:
+            if len(spans) > 1:
+                fail(i, "an activity inside an operation")
+            spans.append(i)
+        elif phase:
+            if spans:
+                fail(i, "the end of what the tensor is in")
+            spans.append(i)
+            if phase in operations:
+                buffer += not under_way  # a buffer begins while no operation is under way
+                under_way += 1
+                occurrences[occurrence][1] = buffer
+        elif spans:
+            begin = spans.pop()
+            rows += (begin, i, occurrence)
+            if phases[begin] in operations:
+                under_way -= 1
+                occurrences[occurrence][0] = i
+                del occurrence_of[tensor]
+    columns = (np.array(each, np.int64).reshape(-1, n).T for each, n in ((rows, 3), (occurrences, 2)))
+    return *columns, sum(map(len, spans_of.values()))
 
 
 @lru_cache

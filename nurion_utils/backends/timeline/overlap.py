@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from nurion_utils._checks import require_columns
-from nurion_utils.backends.timeline.spans import OPERATIONS
+from nurion_utils.backends.timeline.file import OPERATIONS
 
 
 def steps(table: pd.DataFrame, compute: pd.DataFrame) -> pd.DataFrame:
@@ -28,13 +28,9 @@ def steps(table: pd.DataFrame, compute: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row per step; an instant counts once in a figure in seconds, however many spans cover it:
-
-        - ``step``, ``step_s``
-        - ``compute_s``: rank 0 computed
-        - ``communication_s``: an operation was under way
-        - ``exposed_s``: the part of that in which rank 0 did not compute
-        - ``tensors``, ``buffers``, ``tensors_per_buffer``: of the buffers that began in the step
+        One row per step: ``step, step_s``; ``compute_s``, in which rank 0 computed; ``communication_s``, in which an
+        operation was under way, and ``exposed_s``, the part of that in which rank 0 did not compute; ``tensors,
+        buffers, tensors_per_buffer`` of the buffers that began in the step.
 
     Raises
     ------
