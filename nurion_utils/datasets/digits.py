@@ -8,15 +8,8 @@ import numpy as np
 def load(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The digits, two thirds to train on and one third to test, with the same share of each digit in both.
 
-    Parameters
-    ----------
-    seed : int
-        Seed of the division; give all ranks the same.
-
-    Returns
-    -------
-    x_train, y_train, x_test, y_test : numpy.ndarray
-        Images as float32 in 0 to 1, shape (n, 64), and their digits as int64, shape (n,).
+    `seed` is that of the division; give all ranks the same. Returns x_train, y_train, x_test, y_test: images as float32
+    in 0 to 1, shape (n, 64), and their digits as int64, shape (n,).
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -32,19 +25,8 @@ def distort(images: np.ndarray, samples: int, rng: np.random.Generator) -> tuple
     """Many new images from few: each one turned, shifted, scaled, bent and made noisy.
 
     So that a set is large enough for large batches. Images of different sets must come from different originals.
-
-    Parameters
-    ----------
-    images : numpy.ndarray
-        As `load` returns them, shape (n, 64).
-    samples : int
-        How many to make, of 12 x 12 pixels; the originals are taken in turn.
-
-    Returns
-    -------
-    made : numpy.ndarray, float32, shape (samples, 144)
-    original : numpy.ndarray, int64, shape (samples,)
-        Which of `images` each one was made from.
+    `images`, of shape (n, 64), are as `load` returns them, and taken in turn. Returns `samples` images of 12 x 12
+    pixels, float32 of shape (samples, 144), and of which original each was made, int64 of shape (samples,).
     """
     from scipy.ndimage import map_coordinates, zoom
 

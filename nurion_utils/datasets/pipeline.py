@@ -13,9 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from nurion_utils._checks import number, require_columns, whole_number
 from nurion_utils.datasets import volumes
@@ -35,25 +33,16 @@ CACHES = ("cold", "warm")
 _SETTINGS = {"cycle_length": 1, "prefetch": 0, "cache": 0, "batch_size": 1}  # and the least of each
 
 
-class Client(Protocol):
-    """What the pipeline needs of a shared file system that makes its readers wait, such as `storage` emulates."""
-
-    def path(self, path: str | os.PathLike[str]) -> Path: ...
-
-    def wait(self, *paths: str | os.PathLike[str]) -> None: ...
-
-    def wait_until_idle(self) -> None: ...
-
-
 @dataclass(frozen=True)
 class Source:
     """Volumes that `volumes.write` wrote in a directory, and how they are reached.
 
-    Without a client they are read as they are; with that of a shared file system over them, its targets are waited for.
+    Without a client they are read as they are; with that of a shared file system over them, such as `storage` emulates,
+    its targets are waited for.
     """
 
     directory: str | os.PathLike[str]
-    client: Client | None = None
+    client: Any = None
 
     def files(self) -> list[str]:
         """The TFRecord files, in the order of their names; ValueError if there are none."""
@@ -67,7 +56,7 @@ class Source:
 
 def dataset(
     files: Sequence[str | os.PathLike[str]],
-    client: Client | None = None,
+    client: Any = None,
     *,
     cycle_length: int = 1,
     prefetch: int = 0,
@@ -77,32 +66,17 @@ def dataset(
 ) -> tf.data.Dataset:
     """Batches of volumes from TFRecord files, in an order that does not depend on timing.
 
-    Parameters
-    ----------
-    client
-        Each file is opened when this client's shared file system has delivered all of it, and then read natively; a
-        request that timed out there ends the iteration with the message it came with.
-    cycle_length
-        How many files are read at the same time, one record from each in turn. From 2 up threads do it in the
-        background, and run a few files ahead; 1 is one file after the other, on demand.
-    prefetch
-        Batches that are made ready while training computes.
-    cache
-        Keep what was read, decoded, in memory: an epoch after the first reads no files.
-    epochs
-        How often to go through the files; None for ever.
+    They are pairs of float32 tensors: network inputs (n, size, size, size, 1) and targets (n, 3), as `volumes.Volumes`
+    reads them. n is `batch_size`; of the last volumes of an epoch those that fill no batch are left out.
 
-    Returns
-    -------
-    tf.data.Dataset
-        Pairs of float32 tensors: network inputs (n, size, size, size, 1) and targets (n, 3), as `volumes.Volumes`
-        reads them. n is `batch_size`; of the last volumes of an epoch those that fill no batch are left out.
+    ValueError if there are no files, or a number is out of its range. Later, as TensorFlow's error with the file's
+    path, if a file is missing, truncated or damaged.
 
-    Raises
-    ------
-    ValueError
-        There are no files, or a number is out of its range. Later, as TensorFlow's error with the file's path, if a
-        file is missing, truncated or damaged.
+    With a `client`, each file is opened when its shared file system has delivered all of it, and then read natively; a
+    request that timed out there ends the iteration with the message it came with. `cycle_length` files are read at the
+    same time, one record from each in turn: from 2 up threads do it in the background, and run a few files ahead; 1 is
+    one file after the other, on demand. `prefetch` batches are made ready while training computes. With `cache` what
+    was read stays in memory, decoded, and an epoch after the first reads no files. `epochs` of None is for ever.
     """
     import tensorflow as tf
 
@@ -142,10 +116,7 @@ def dataset(
 def _parse(name: tf.Tensor, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     import tensorflow as tf
 
-    def decode(name: bytes, record: bytes) -> tuple[np.ndarray, np.ndarray]:
-        return volumes.decode(record, os.fsdecode(name))
-
-    x, y = tf.numpy_function(decode, [name, record], (tf.float32, tf.float32))
+    x, y = tf.numpy_function(volumes.decode, [record, name], (tf.float32, tf.float32))
     return tf.ensure_shape(x, [None, None, None, 1]), tf.ensure_shape(y, [3])
 
 
@@ -164,28 +135,14 @@ def measure_pipeline(
     rank reads a share of the files of its own, over and over if `steps` need more. Contenders, each source with
     each setting, take turns.
 
-    Parameters
-    ----------
-    settings
-        Keyword arguments of `dataset` by name: any of cycle_length, prefetch, cache and batch_size.
-    compute_s
-        Seconds of a step's computing; 0 to see how fast the pipeline can be.
-    caches
-        ``"cold"``: the operating system is asked to forget the files first; ``"warm"``: they are read once first.
+    Returns a row per rank and step: source, setting, cache, repeat, rank, step, wait_s (blocked on the input),
+    compute_s (as slept), sync_s (waiting for other ranks), samples, samples_per_s, and resident: which part of the
+    rank's files was in the page cache when it began, for not every file system forgets when asked. ValueError, before
+    anything starts, if that cannot be measured; `RankError` if a rank could not read.
 
-    Returns
-    -------
-    pandas.DataFrame
-        A row per rank and step: source, setting, cache, repeat, rank, step, wait_s (blocked on the input), compute_s
-        (as slept), sync_s (waiting for other ranks), samples, samples_per_s, and resident: which part of the rank's
-        files was in the page cache when it began, for not every file system forgets when asked.
-
-    Raises
-    ------
-    ValueError
-        What was asked for cannot be measured; nothing was started.
-    RankError
-        A rank could not read, as when the shared store let a request time out.
+    `settings` are keyword arguments of `dataset` by name: any of cycle_length, prefetch, cache and batch_size. Of the
+    `caches`, ``"cold"`` means that the operating system is asked to forget the files first, ``"warm"`` that they are
+    read once first. With a `compute_s` of 0 it shows how fast the pipeline can be.
     """
     import pandas as pd
 

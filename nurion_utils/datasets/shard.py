@@ -1,17 +1,16 @@
 """Which rank trains on which sample, in which step: the plan of every epoch, as data.
 
-The plan answers three questions at once. All ranks take the same number of steps, so none waits for ever in an
-allreduce. Every sample counts once per epoch, whatever N mod (P x B) is. And P ranks of batch B take the same steps
-as one rank of batch P x B: the weights make the average over ranks of the local losses equal the plain mean over the
-samples of the step, also in the uneven last one, and no rank is shown a sample that does not belong to the step, so
-statistics over a batch, such as those of batch normalisation, are right as well.
+All ranks take the same number of steps, so none waits for ever in an allreduce. Every sample counts once per epoch,
+whatever N mod (P x B) is. And P ranks of batch B take the same steps as one rank of batch P x B: the weights make the
+average over ranks of the local losses the plain mean over the samples of the step, also in the uneven last one, and no
+rank is shown a sample of another step, so statistics over a batch are right as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,32 +20,15 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 
-class Reader(Protocol):
-    """What `Shard.dataset` needs of data that stay on disk."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
-
-
 @dataclass(frozen=True)
 class Shard:
-    """One rank's share of every epoch.
+    """One rank's share of every epoch; ValueError if a number is out of its range."""
 
-    Parameters
-    ----------
-    samples, world_size, rank, batch_size : int
-        Samples in the data set (N), ranks (P), which one of them (from 0), and samples per rank and step (B);
-        ValueError if one is out of its range.
-    seed : int
-        Seed of the epoch shuffles; it must be the same on all ranks.
-    """
-
-    samples: int
-    world_size: int
-    rank: int
-    batch_size: int
-    seed: int = 0
+    samples: int  # in the data set, N
+    world_size: int  # ranks, P
+    rank: int  # which one of them, from 0
+    batch_size: int  # samples per rank and step, B
+    seed: int = 0  # of the epoch shuffles; the same on all ranks
 
     def __post_init__(self) -> None:
         for name, least in [("samples", 1), ("world_size", 1), ("batch_size", 1), ("rank", 0), ("seed", 0)]:
@@ -59,16 +41,12 @@ class Shard:
         return -(-self.samples // (self.world_size * self.batch_size))
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The samples and weights of one epoch.
+        """The samples (int64) and weights (float32) of one epoch, both of shape (steps, batch_size).
 
-        Returns
-        -------
-        indices : numpy.ndarray, int64, shape (steps, batch_size)
-        weights : numpy.ndarray, float32, shape (steps, batch_size)
-            For losses that divide by `batch_size`: 1 in a full step. A last step with only R < P x B samples deals
-            them out as evenly as it can and gives them P x B / R. With R < P each sample goes to ceil(P / R) ranks
-            or slots, which share its weight: then each rank has one sample, or two (and if `batch_size` is 1, one
-            column more). What remains empty repeats the rank's samples of that step with weight 0.
+        The weights are for losses that divide by `batch_size`: 1 in a full step. A last step with only R < P x B
+        samples deals them out as evenly as it can and gives them P x B / R. With R < P each sample goes to ceil(P / R)
+        ranks or slots, which share its weight: then each rank has one sample, or two (and if `batch_size` is 1, one
+        column more). What remains empty repeats the rank's samples of that step with weight 0.
         """
         order = np.random.default_rng([self.seed, epoch]).permutation(self.samples)
         slots = self.world_size * self.batch_size
@@ -95,11 +73,8 @@ class Shard:
         the size of the batch, which is what these weights assume; they differ from 1 in that batch only, and there
         only where ranks have unequally many samples. Name metrics in ``compile(weighted_metrics=...)``.
 
-        Parameters
-        ----------
-        x, y : array of N samples each; or a `Reader` alone, such as `volumes.Volumes`
-        start_epoch : int
-            Where to begin, for a run that resumes.
+        `x` and `y` are arrays of N samples each, or `x` alone a reader: N long, with a method ``read(indices)`` that
+        returns such arrays, as `volumes.Volumes`. A run that resumes begins with `start_epoch`.
         """
         size = None if self.samples % (self.world_size * self.batch_size) else self.batch_size
         load = self._loader(x, y, size)

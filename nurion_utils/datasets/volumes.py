@@ -1,12 +1,10 @@
 """Dark-matter-like volumes after CosmoFlow: made from a theory curve, written as TFRecord, read by index.
 
 CosmoFlow learns three cosmological parameters from the density of dark matter in a cube. Its simulations are not at
-hand, so `sample` draws lognormal fields instead: positive like a density, with the theory's power spectrum. What a
-network can learn here is what the spectrum tells; the filaments that gravity makes are not in it.
-
-The ranges of the parameters are those of CosmoFlow's simulations (the script that ran them,
-github.com/NERSC/cosmoflow-sims, MUSIC/OmSiNs/runCode.py), and so is the box: they were 512 Mpc/h wide and cut in eight,
-so a cube of 128^3 voxels is 256 Mpc/h wide. A smaller cube shows the same 256 Mpc/h in coarser voxels.
+hand, so `sample` draws lognormal fields instead: positive like a density, with the theory's power spectrum, but without
+the filaments that gravity makes. The ranges of the parameters are those of CosmoFlow's simulations (the script that ran
+them, github.com/NERSC/cosmoflow-sims, MUSIC/OmSiNs/runCode.py), and so is the box: they were 512 Mpc/h wide and cut in
+eight, so a cube of 128^3 voxels is 256 Mpc/h wide. A smaller cube shows the same 256 Mpc/h in coarser voxels.
 """
 
 from __future__ import annotations
@@ -49,10 +47,8 @@ def theory(k_h_per_mpc: np.ndarray, parameters: np.ndarray) -> np.ndarray:
     omega_m, sigma_8, n_s = map(float, parameters)
     # Hubble's constant and the baryons, which CosmoFlow does not vary, are about Planck's. persistence="": colossus
     # would otherwise write a cache into the home directory.
-    universe = cosmology.Cosmology(
-        name="volumes", flat=True, H0=67.0, Om0=omega_m, Ob0=0.049, sigma8=sigma_8, ns=n_s, relspecies=False,
-        persistence="",
-    )  # fmt: skip
+    known = {"flat": True, "H0": 67.0, "Ob0": 0.049, "relspecies": False, "persistence": ""}
+    universe = cosmology.Cosmology(name="volumes", Om0=omega_m, sigma8=sigma_8, ns=n_s, **known)
     return universe.matterPowerSpectrum(k_h_per_mpc, model="eisenstein98")
 
 
@@ -132,13 +128,8 @@ def power_spectrum(density: np.ndarray) -> pd.DataFrame:
     """Power spectrum of a density over mean density, in shells one fundamental wave number wide.
 
     The cube, of shape (size, size, size), is `BOX_MPC_H` wide; its own mean does not enter. Shells end at the Nyquist
-    wave number, beyond which they are no longer full.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns k_h_per_mpc (mean over the shell), power_mpc3_per_h3 and modes (how many independent complex amplitudes
-        were averaged, which sets the cosmic variance).
+    wave number, beyond which they are no longer full. Columns: k_h_per_mpc (mean over the shell), power_mpc3_per_h3 and
+    modes (how many independent complex amplitudes were averaged, which sets the cosmic variance).
     """
     import pandas as pd
 
@@ -151,13 +142,9 @@ def power_spectrum(density: np.ndarray) -> pd.DataFrame:
         return np.bincount(shell.ravel(), (copies * values).ravel())[1 : size // 2]
 
     count = total(np.ones_like(power))
-    return pd.DataFrame(
-        {
-            "k_h_per_mpc": total(np.sqrt(squared)) / count * 2 * np.pi / BOX_MPC_H,
-            "power_mpc3_per_h3": total(power) / count,
-            "modes": (count / 2).astype(int),
-        }
-    )
+    k = total(np.sqrt(squared)) / count * 2 * np.pi / BOX_MPC_H
+    modes = (count / 2).astype(int)
+    return pd.DataFrame({"k_h_per_mpc": k, "power_mpc3_per_h3": total(power) / count, "modes": modes})
 
 
 def write(directory: Path, samples: int, size: int, seed: int = 0, volumes_per_file: int = 64) -> None:
@@ -233,7 +220,7 @@ def require_whole(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path} is damaged after {read} bytes ({wrong}): write the volumes again")
 
 
-def decode(record: bytes, path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+def decode(record: bytes, path: str | bytes | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     """Network input and targets of one record; ValueError with the path of its file if it is not a volume."""
     import tensorflow as tf
 
@@ -243,7 +230,8 @@ def decode(record: bytes, path: str | os.PathLike[str]) -> tuple[np.ndarray, np.
         volume = volume.reshape((round(len(volume) ** (1 / 3)),) * 3)
         parameters = np.array(feature["parameters"].float_list.value).reshape(len(RANGES))
     except Exception as error:  # protobuf's own DecodeError, IndexError, ValueError
-        raise ValueError(f"{path} holds a record that is not a volume ({error}): write the volumes again") from None
+        wrong = f"{os.fsdecode(path)} holds a record that is not a volume ({error})"
+        raise ValueError(f"{wrong}: write the volumes again") from None
     return network_input(volume)[..., None], targets_of(parameters)
 
 
@@ -288,9 +276,8 @@ class Volumes:
             with path.open("rb") as file:
                 record = os.pread(file.fileno(), row.length, row.offset + _HEADER_BYTES)
             if zlib.crc32(record) != row.crc32:
-                raise ValueError(
-                    f"{path} is damaged at sample {row.Index} (its checksum is wrong): write the volumes again"
-                )
+                wrong = f"{path} is damaged at sample {row.Index} (its checksum is wrong)"
+                raise ValueError(f"{wrong}: write the volumes again")
             pairs.append(decode(record, path))
         inputs, targets = zip(*pairs, strict=True)
         return np.stack(inputs), np.stack(targets)

@@ -38,12 +38,12 @@ def critical_batch(table: pd.DataFrame) -> CriticalBatch:
     from scipy.optimize import curve_fit, nnls
 
     require_columns(table, ["batch", "steps", "samples"])
-    batch, steps, samples = (np.array(table[name], float) for name in ("batch", "steps", "samples"))
-    for name, values in {"batch": batch, "steps": steps, "samples": samples}.items():
-        if not (np.isfinite(values).all() and (values > 0).all()):
+    for name in ("batch", "steps", "samples"):
+        if not (np.isfinite(table[name]) & (table[name] > 0)).all():
             raise ValueError(f"the column {name} must hold numbers above 0: leave out runs that missed the target")
-    if len(np.unique(batch)) < 3:
-        raise ValueError(f"the law has 2 unknowns: measure at least 3 batches, not {len(np.unique(batch))}")
+    if (batches := table["batch"].nunique()) < 3:
+        raise ValueError(f"the law has 2 unknowns: measure at least 3 batches, not {batches}")
+    steps, samples = table["steps"].to_numpy(float), table["samples"].to_numpy(float)
     batch = samples / steps  # where an epoch's last batch is small, that is what a step took on average
 
     def log_steps(batch: np.ndarray, log_steps_min: float, log_samples_min: float) -> np.ndarray:

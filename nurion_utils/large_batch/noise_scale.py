@@ -27,30 +27,19 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 BLOCKS = 20  # of consecutive steps, whose scatter gives the standard error
+HISTORY = 100_000  # steps that are remembered, at 16 bytes each
 
 
 class NoiseScale:
     """Measures the noise scale while ranks train: ``DistributedOptimizer(optimizer, observer=NoiseScale(32))``.
 
     The squared length of each rank's gradient is averaged in the gradients' own allreduce, as one number more; no
-    step passes through Python, and training takes the same steps as without. The optimizer neither tracks nor saves
-    what is measured.
+    step passes through Python, and training takes the same steps as without. Nothing measured is saved with a model.
+    `batch_per_rank` samples are in each batch of a rank. All must be full (``drop_remainder=True``), and the loss a
+    mean over them, as in Keras. The last `HISTORY` steps are remembered.
 
-    Parameters
-    ----------
-    batch_per_rank : int
-        Samples in each batch of a rank. All must be full (``drop_remainder=True``), and the loss a mean over them,
-        as in Keras.
-    ranks : int, optional
-        Horovod's world size unless given; needed with a `reducer` of your own.
-    history : int
-        Steps remembered, the last ones, at 16 bytes each.
-
-    Raises
-    ------
-    ValueError
-        With fewer than 2 ranks, or in elastic training, where ranks come and go. When the training step is traced:
-        if a gradient is sparse.
+    ValueError with fewer than 2 ranks, or in elastic training, where ranks come and go; and, when the training step is
+    traced, if a gradient is sparse.
 
     Notes
     -----
@@ -60,24 +49,21 @@ class NoiseScale:
     each draws for itself, such as dropout, as noise.
     """
 
-    def __init__(self, batch_per_rank: int, ranks: int | None = None, history: int = 100_000) -> None:
+    def __init__(self, batch_per_rank: int) -> None:
         import tensorflow as tf
+
+        from nurion_utils.training.communicator import communicator
 
         self.batch_per_rank = whole_number(batch_per_rank, "batch_per_rank")
         if int(os.environ.get("HOROVOD_ELASTIC", 0)):
             raise ValueError("the noise scale needs the same ranks from start to end; measure it without elastic_run")
-        if ranks is None:
-            import horovod.tensorflow as hvd
-
-            hvd.init()
-            ranks = hvd.size()
-        if ranks == 1:
+        self.ranks = communicator().size
+        if self.ranks == 1:
             raise ValueError("the noise scale compares the gradients of ranks, and there is only one; start 2 or more")
-        self.ranks = whole_number(ranks, "ranks", 2)
         self._batches = 1
         self._steps = tf.Variable(0, dtype=tf.int64, trainable=False)
         # Of each step |g|^2 averaged over the ranks, and |g|^2 of the average.
-        self._history = tf.Variable(tf.zeros((whole_number(history, "history"), 2), tf.float64), trainable=False)
+        self._history = tf.Variable(tf.zeros((HISTORY, 2), tf.float64), trainable=False)
 
     def __call__(self, gradients: list, average: Callable[[list], list], batches: int) -> list:
         """What `DistributedOptimizer` calls: average the gradients, and remember their squared lengths."""
@@ -96,8 +82,6 @@ class NoiseScale:
         """What was measured so far in windows of steps, the same on all ranks; see `noise_table`."""
         steps, history = int(self._steps), self._history.numpy()
         first = max(0, steps - len(history))
-        if first and window is not None and whole_number(window, "window") <= len(history):
-            first = -(-first // window) * window  # windows begin where they would, had nothing been forgotten
         small_sq, large_sq = history[np.arange(first, steps) % len(history)].T
         small = self.batch_per_rank * self._batches
         table = noise_table(small_sq, large_sq, small, small * self.ranks, window)
@@ -119,8 +103,6 @@ def estimate(small_sq: Any, large_sq: Any, small: float, large: float) -> tuple[
     large one. Single estimates scatter widely, and |G|^2 may come out negative: average both over steps, and divide
     the averages.
     """
-    if not 0 < small < large:
-        raise ValueError(f"two batches are compared, the small one first, not {small!r} and {large!r} samples")
     gradient_sq = (large * large_sq - small * small_sq) / (large - small)
     noise = (small_sq - large_sq) / (1 / small - 1 / large)
     return gradient_sq, noise
@@ -131,15 +113,11 @@ def noise_table(
 ) -> pd.DataFrame:
     """The noise scale from the squared lengths of each step's gradients, arrays of shape (steps,); see `estimate`.
 
-    So many steps in a row are averaged: an epoch's, say. By default all; steps that fill no window are left out.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per window: ``step`` (the last one of the window, counted from 1), ``gradient_sq`` (|G|^2), ``noise``
-        (S), ``noise_scale`` (S / |G|^2, in samples; NaN where |G|^2 came out as zero or less: take longer windows) and
-        ``noise_scale_se``, its standard error: that of a ratio of means (first order), from the scatter of 20 blocks
-        of consecutive steps, or of single steps in a window of fewer; one step has none.
+    `window` steps in a row are averaged: an epoch's, say. By default all; steps that fill no window are left out. A row
+    per window: ``step`` (its last one, counted from 1), ``gradient_sq`` (|G|^2), ``noise`` (S), ``noise_scale``
+    (S / |G|^2, in samples; NaN where |G|^2 came out as zero or less: take longer windows) and ``noise_scale_se``, its
+    standard error: that of a ratio of means (first order), from the scatter of 20 blocks of consecutive steps, or of
+    single steps in a window of fewer; one step has none.
     """
     import pandas as pd
 

@@ -33,9 +33,8 @@ def make_optimizer(recipe: Recipe, samples: int) -> keras.optimizers.Optimizer:
 class RecipeSchedule(keras.optimizers.schedules.LearningRateSchedule):
     """The learning rate that a recipe sets for each step of a training on so many samples; it saves and loads.
 
-    The formula is in `Recipe.rate` alone; here is its table, `rates`, and a step past the end has the last rate. A step
-    is what Keras counts: with ``gradient_accumulation_steps`` it counts the parts of a batch, and the batch of the
-    recipe must be that of such a part. `RecipeError` if the recipe and the data do not go together.
+    A step past the end has the last rate. With ``gradient_accumulation_steps`` Keras counts the parts of a batch as
+    steps, and the batch of the recipe must be that of a part. `RecipeError` if recipe and data do not go together.
     """
 
     def __init__(self, recipe: Recipe, samples: int):
@@ -101,11 +100,10 @@ class LARS(_DecaysKernels, keras.optimizers.Optimizer):
         momentum: float = 0.9,
         weight_decay: float | None = 1e-4,
         trust_coefficient: float = 0.001,
-        name: str = "lars",
         **settings: Any,
     ):
         number(weight_decay or 0.0, "weight_decay", least=0)
-        super().__init__(learning_rate=learning_rate, weight_decay=weight_decay, name=name, **settings)
+        super().__init__(learning_rate=learning_rate, weight_decay=weight_decay, **settings)
         self.momentum = number(momentum, "momentum", least=0)
         if momentum >= 1:
             raise ValueError(f"momentum must be below 1, not {momentum!r}")

@@ -3,9 +3,6 @@
 >>> recipe = Recipe(batch=8192, base_batch=256, base_rate=0.1, warmup="gradual", warmup_epochs=5, epochs=90)
 >>> recipe.peak_rate, recipe.rate(0.0), recipe.rate(5.0)
 (3.2, 0.1, 3.2)
-
-What reads it: sweeps and searches, which train with `Recipe.rates`; `RecipeSchedule`, the same table as a Keras
-learning-rate schedule; and `make_optimizer`.
 """
 
 from __future__ import annotations
@@ -30,46 +27,27 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run.
+    """One training run; `RecipeError` if it cannot be one.
 
-    Attributes
-    ----------
-    batch
-        Samples per step, of all ranks together.
-    base_batch, base_rate
-        The batch for which the learning rate is known to be good, and that rate.
-    rule
-        How the rate follows the batch, k = batch / base_batch: "fixed", "square root" (of k) or "linear" (k times;
-        Goyal et al. 2017).
-    epochs
-        Passes over the data.
-    warmup, warmup_epochs, warmup_from
-        "gradual": from `warmup_from` up to the full rate in a straight line; "constant": at `warmup_from`, then a
-        jump. `warmup_from` is the base rate unless given; LARS and LAMB are usually started from 0.
-    decay, milestones
-        "steps": the rate falls to a tenth at each of `milestones`, in parts of all epochs; "none".
-    optimizer
-        "sgd" (with momentum), "lars" or "lamb".
-    momentum, weight_decay
-        Weight decay applies to kernels only, not to biases and batch normalisation.
-    trust_coefficient
-        Of LARS: the share of its own length that a layer may move by at a rate of 1.
+    A warm-up is "gradual", from `warmup_from` up to the full rate in a straight line, or "constant": at `warmup_from`,
+    then a jump.
     """
 
-    batch: int
-    base_batch: int = 32
-    base_rate: float = 0.05
+    batch: int  # samples per step, of all ranks together
+    base_batch: int = 32  # for which the learning rate is known to be good,
+    base_rate: float = 0.05  # and that rate
+    # How the rate follows k = batch / base_batch: the square root of k or k times as high (Goyal et al. 2017).
     rule: Literal["fixed", "square root", "linear"] = "linear"
-    epochs: float = 10
+    epochs: float = 10  # passes over the data
     warmup: Literal["none", "constant", "gradual"] = "none"
     warmup_epochs: float = 0.0
-    warmup_from: float | None = None
-    decay: Literal["none", "steps"] = "steps"
-    milestones: tuple[float, ...] = (1 / 3, 2 / 3, 8 / 9)
+    warmup_from: float | None = None  # the base rate unless given; LARS and LAMB are usually started from 0
+    decay: Literal["none", "steps"] = "steps"  # "steps": the rate falls to a tenth at each milestone,
+    milestones: tuple[float, ...] = (1 / 3, 2 / 3, 8 / 9)  # in parts of all epochs
     optimizer: Literal["sgd", "lars", "lamb"] = "sgd"
     momentum: float = 0.9
-    weight_decay: float = 1e-4
-    trust_coefficient: float = 0.1
+    weight_decay: float = 1e-4  # of kernels only, not of biases and batch normalisation
+    trust_coefficient: float = 0.1  # of LARS: the share of its own length that a layer may move by at a rate of 1
 
     def __post_init__(self) -> None:
         checked = {name: whole_number(getattr(self, name), name, error=RecipeError) for name in ("batch", "base_batch")}

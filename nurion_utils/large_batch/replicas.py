@@ -20,30 +20,21 @@ import tensorflow as tf
 from nurion_utils.datasets import Shard
 from nurion_utils.large_batch.optimizers import make_optimizer
 from nurion_utils.large_batch.recipes import Recipe, RecipeError
-from nurion_utils.large_batch.tasks import Task
+from nurion_utils.large_batch.tasks import DigitsTask
 
 # What replicas of one step may differ in: settings of the recipe and, under the same name, of its optimizer.
 PER_REPLICA = ("momentum", "weight_decay", "trust_coefficient")
 
 
 def train(
-    task: Task, runs: Sequence[tuple[Recipe, int]], on_epoch: Callable[[int, np.ndarray], None] = lambda *_: None
+    task: DigitsTask, runs: Sequence[tuple[Recipe, int]], on_epoch: Callable[[int, np.ndarray], None] = lambda *_: None
 ) -> list[dict[str, Any]]:
-    """Train several recipes with their seeds side by side.
+    """Train several recipes side by side, each with a seed: of its initial weights and of the order of its samples.
 
-    Parameters
-    ----------
-    runs
-        Recipes of the same batch, number of epochs and optimizer, and the seed of each: of the initial weights and of
-        the order of the samples.
-    on_epoch
-        Called after each epoch with its number from 1 and the validation error of each run, in per cent.
-
-    Returns
-    -------
-    list of dict
-        For each run: validation_error (of each epoch, in %), test_error (in %), loss (of the last step), diverged
-        (whether it is not a number), steps, time_s (its part of the time).
+    The recipes have the same batch, number of epochs and optimizer. `on_epoch` is called after each epoch with its
+    number from 1 and the validation error of each run, in per cent. Returns for each run: validation_error (of each
+    epoch, in %), test_error (in %), loss (of the last step), diverged (whether it is not a number), steps, time_s (its
+    part of the time).
     """
     recipes, seeds = zip(*runs, strict=True)
     if len({(r.batch, r.epochs, r.optimizer) for r in recipes}) > 1:
@@ -51,7 +42,7 @@ def train(
     began = time.perf_counter()
     data, recipe = task.load(), recipes[0]
     samples = len(data.x)
-    trained = _Replicas.of(task, recipe.optimizer, len(runs))
+    trained = _replicas(task, recipe.optimizer, len(runs))
     rates = np.stack([r.rates(samples) for r in recipes], axis=1)
     settings = {name: np.array([getattr(r, name) for r in recipes], np.float32) for name in PER_REPLICA}
     shards = [Shard(samples, 1, 0, recipe.batch, seed) for seed in seeds]
@@ -67,22 +58,16 @@ def train(
         on_epoch(len(errors), errors[-1])
     test = trained.error(state, data.x_test, data.y_test)
     time_s = (time.perf_counter() - began) / len(runs)
-    loss = np.asarray(loss)
-    return [
-        {
-            "validation_error": [float(error[replica]) for error in errors],
-            "test_error": float(test[replica]),
-            "loss": float(loss[replica]),
-            "diverged": not np.isfinite(loss[replica]),
-            "steps": at,
-            "time_s": time_s,
-        }
-        for replica in range(len(runs))
-    ]
+    of_runs = (np.transpose(errors).tolist(), test.tolist(), np.asarray(loss).tolist())
+    results = []
+    for course, error, last in zip(*of_runs, strict=True):
+        result = {"validation_error": course, "test_error": error, "loss": last, "diverged": not np.isfinite(last)}
+        results.append({**result, "steps": at, "time_s": time_s})
+    return results
 
 
 @lru_cache(maxsize=2)
-def _training_data(task: Task) -> tuple[tf.Tensor, tf.Tensor]:
+def _training_data(task: DigitsTask) -> tuple[tf.Tensor, tf.Tensor]:
     data = task.load()
     return tf.constant(data.x), tf.constant(data.y)
 
@@ -90,12 +75,7 @@ def _training_data(task: Task) -> tuple[tf.Tensor, tf.Tensor]:
 class _Replicas:
     """A model and an optimizer whose variables exist once for each replica, and the compiled step."""
 
-    @staticmethod
-    @cache  # tracing and compiling take longer than many a training
-    def of(task: Task, optimizer: str, count: int) -> _Replicas:
-        return _Replicas(task, optimizer, count)
-
-    def __init__(self, task: Task, optimizer: str, count: int):
+    def __init__(self, task: DigitsTask, optimizer: str, count: int):
         self.task, self.count = task, count
         self.x, self.y = _training_data(task)
         self.model = task.build()
@@ -123,9 +103,8 @@ class _Replicas:
         for seed in seeds:
             keras.utils.set_random_seed(seed)
             model = self.task.build()
-            replicas.append(
-                [[v.numpy() for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables)]
-            )
+            kinds = (model.trainable_variables, model.non_trainable_variables)
+            replicas.append([[v.numpy() for v in variables] for variables in kinds])
         trainable, others = ([np.stack(vs) for vs in zip(*part, strict=True)] for part in zip(*replicas, strict=True))
         slots = [np.stack([v.numpy()] * len(seeds)) for v in self.optimizer.variables]
         return tuple([tf.constant(v) for v in part] for part in (trainable, others, slots))
@@ -174,3 +153,6 @@ class _Replicas:
             return tf.argmax(self.model.stateless_call(*of_replica, x, training=False)[0], axis=-1)
 
         return tf.vectorized_map(predict, state)
+
+
+_replicas = cache(_Replicas)  # tracing and compiling take longer than many a training

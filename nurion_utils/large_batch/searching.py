@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import optuna
     import pandas as pd
 
-    from nurion_utils.large_batch.tasks import Task
     from nurion_utils.ranks import World
 
 Space = Mapping[str, tuple[float, float] | Sequence[Any]]
@@ -37,7 +36,7 @@ def search(
     world: World | None = None,
     trials: int = 40,
     seeds: Sequence[int] = (0, 1),
-    task: Task | None = None,
+    task: DigitsTask | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:
     """Look for the settings of a recipe with the smallest error on the validation images.
@@ -46,32 +45,20 @@ def search(
     median of the others. One rank tries the same settings in each search of its own; which rank of several takes the
     next trial is a matter of time.
 
-    Parameters
-    ----------
-    space
-        Settings of `Recipe` to choose: a tuple (low, high) of numbers, of which positive ones that span a factor of
-        10 or more are drawn on a logarithmic scale, or a list of values.
-    trials
-        How many trials the study is to have in the end, those that failed included.
-    path
-        Folder of the study; the same search, called again, goes on where it stopped. Trials that were cut off, by an
-        interrupt or with their rank, are not counted and made up for. None: nothing is kept.
+    Returns one row per trial, the best first: trial, state ("complete", "pruned", "failed"), validation_error (mean of
+    the seeds, in %, at the last epoch that was trained), epochs, rank, failure (why, if it failed), and the settings.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per trial, the best first: trial, state ("complete", "pruned", "failed"), validation_error (mean of
-        the seeds, in %, at the last epoch that was trained), epochs, rank, failure (why, if it failed), and the
-        settings.
+    `RecipeError`, before anything starts, if a setting does not exist or its range is not valid, or `path` holds
+    another search or is in use; `RankError` if a rank was lost: what was done is kept in `path`.
 
-    Raises
-    ------
-    RecipeError
-        A setting does not exist or its range is not valid, `path` holds another search, or another sweep or search is
-        using it; nothing was started.
-    RankError
-        A rank was lost; what was done is kept in `path`.
+    The `space` has settings of `Recipe` to choose: a tuple (low, high) of numbers, of which positive ones that span a
+    factor of 10 or more are drawn on a logarithmic scale, or a list of values. `trials` is how many the study is to
+    have in the end, those that failed included. `path` is its folder: the same search, called again, goes on where it
+    stopped. Trials that were cut off, by an interrupt or with their rank, are not counted and made up for. With None
+    nothing is kept.
     """
+    from optuna.trial import TrialState
+
     _require_space(recipe, space)
     trials, seeds = whole_number(trials, "trials", error=RecipeError), distinct_seeds(seeds)
     task = DigitsTask() if task is None else task
@@ -83,7 +70,8 @@ def search(
             other = " and ".join(name for name in asked if asked[name] != known[name])
             raise RecipeError(f"{folder} holds a search with another {other}; give this one another path")
         study.set_user_attr("asked", asked)
-        _end_what_was_cut_off(study)
+        for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            study.tell(trial.number, state=TrialState.FAIL)  # it was cut off, and would count as bad for ever
         begun, left = len(study.get_trials(deepcopy=False)), trials - len(_counted(study))
         arguments = (recipe, dict(space), seeds, task, claims, left, begun)
         if world is None:
@@ -125,14 +113,6 @@ def _study(folder: Path, seed: int) -> optuna.Study:
     )
 
 
-def _end_what_was_cut_off(study: optuna.Study) -> None:
-    """Nobody is at work here now, so what is under way will never end; it would count as bad for ever."""
-    from optuna.trial import TrialState
-
-    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        study.tell(trial.number, state=TrialState.FAIL)
-
-
 def _counted(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     """The trials that ended by themselves: those that were cut off have failed, but not said why."""
     ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
@@ -140,7 +120,7 @@ def _counted(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def run_trials(
-    recipe: Recipe, space: Space, seeds: Sequence[int], task: Task, claims: Path, left: int, begun: int
+    recipe: Recipe, space: Space, seeds: Sequence[int], task: DigitsTask, claims: Path, left: int, begun: int
 ) -> None:
     """What each rank does: claim the next of the trials that are left, and carry it out."""
     rank = identity().rank
@@ -151,13 +131,21 @@ def run_trials(
         tell(1)
 
 
-def _objective(trial: optuna.Trial, rank: int, recipe: Recipe, space: Space, seeds: Sequence[int], task: Task) -> float:
+def _objective(
+    trial: optuna.Trial, rank: int, recipe: Recipe, space: Space, seeds: Sequence[int], task: DigitsTask
+) -> float:
     import optuna
 
     from nurion_utils.large_batch import replicas
 
     trial.set_user_attr("rank", rank)
-    settings = {name: _suggest(trial, name, values) for name, values in space.items()}
+    settings = {}
+    for name, values in space.items():
+        if isinstance(values, list):
+            settings[name] = trial.suggest_categorical(name, values)
+        else:
+            low, high = map(float, values)
+            settings[name] = trial.suggest_float(name, low, high, log=low > 0 and high >= 10 * low)
     if "warmup_epochs" in settings and "warmup" not in space and recipe.warmup == "none":
         settings["warmup"] = "gradual" if settings["warmup_epochs"] else "none"
 
@@ -174,13 +162,6 @@ def _objective(trial: optuna.Trial, rank: int, recipe: Recipe, space: Space, see
             trial.set_user_attr("failure", reason(error))
         raise
     return float(np.mean([result["validation_error"][-1] for result in results]))
-
-
-def _suggest(trial: optuna.Trial, name: str, values: Any) -> Any:
-    if isinstance(values, list):
-        return trial.suggest_categorical(name, values)
-    low, high = map(float, values)
-    return trial.suggest_float(name, low, high, log=low > 0 and high >= 10 * low)
 
 
 def _table(study: optuna.Study) -> pd.DataFrame:

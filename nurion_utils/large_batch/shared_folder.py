@@ -17,10 +17,7 @@ from nurion_utils.large_batch.recipes import RecipeError
 def shared_folder(path: str | os.PathLike[str] | None) -> Iterator[tuple[Path, Path]]:
     """The folder at `path` and an empty one in it for the claims; temporary ones if `path` is None.
 
-    Raises
-    ------
-    RecipeError
-        Another sweep or search is using the folder: both would train the same.
+    `RecipeError` if another sweep or search is using the folder: both would train the same.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(path if path is not None else stack.enter_context(tempfile.TemporaryDirectory())).resolve()

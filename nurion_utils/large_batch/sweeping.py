@@ -25,7 +25,6 @@ from nurion_utils.ranks import identity, meter
 if TYPE_CHECKING:
     import pandas as pd
 
-    from nurion_utils.large_batch.tasks import Task
     from nurion_utils.ranks import World
 
 SIDE_BY_SIDE = 8  # trainings in one compiled step; with more the last ones finish later, and little is gained
@@ -36,7 +35,7 @@ def sweep(
     recipes: Sequence[Recipe] | Mapping[str, Recipe],
     seeds: Sequence[int],
     world: World | None = None,
-    task: Task | None = None,
+    task: DigitsTask | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:
     """Train every recipe with every seed, each pair once, even if it is named twice.
@@ -44,20 +43,12 @@ def sweep(
     A seed is that of the initial weights and of the order of the samples. The trainings are spread over the ranks of
     `world`; None is this process alone. `path` is the folder of what is done; None keeps nothing.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per training, in the order of recipes and seeds: name (or number), the recipe's settings, seed,
-        test_error and validation_error (in %, after the last epoch), validation_errors (of each epoch), loss, diverged,
-        steps, time_s, and error: why a training failed, missing otherwise.
+    Returns one row per training, in the order of recipes and seeds: name (or number), the recipe's settings, seed,
+    test_error and validation_error (in %, after the last epoch), validation_errors (of each epoch), loss, diverged,
+    steps, time_s, and error: why a training failed, missing otherwise.
 
-    Raises
-    ------
-    RecipeError
-        There is nothing to train, a seed is not a whole number, or another sweep or search is using `path`; nothing
-        was started.
-    RankError
-        A rank was lost; what was done is kept in `path`.
+    `RecipeError`, before anything starts, if there is nothing to train, a seed is not a whole number, or another sweep
+    or search is using `path`; `RankError` if a rank was lost: what was done is kept in `path`.
     """
     import pandas as pd
 
@@ -101,7 +92,7 @@ def divide(runs: Sequence[Run], n_ranks: int) -> list[list[Run]]:
     return sorted(jobs, key=lambda job: -len(job) * job[0][0].epochs * (1 + 100 / job[0][0].batch))
 
 
-def train_jobs(task: Task, jobs: Sequence[Sequence[Run]], claims: Path) -> None:
+def train_jobs(task: DigitsTask, jobs: Sequence[Sequence[Run]], claims: Path) -> None:
     """What each rank does: claim the next job that nobody has, carry it out, write down what came of it."""
     rank = identity().rank
     tell = meter(sum(map(len, jobs)) if rank == 0 else 0, "training")
@@ -113,7 +104,7 @@ def train_jobs(task: Task, jobs: Sequence[Sequence[Run]], claims: Path) -> None:
             tell(len(jobs[number]))
 
 
-def _carry_out(task: Task, job: Sequence[Run]) -> list[dict[str, Any]]:
+def _carry_out(task: DigitsTask, job: Sequence[Run]) -> list[dict[str, Any]]:
     from nurion_utils.large_batch import replicas
 
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -23,16 +23,6 @@ class Data(NamedTuple):
     y_validation: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
-
-
-class Task(Protocol):
-    """What is to be learned; pickles, and prints as what tells it from others."""
-
-    def load(self) -> Data: ...
-
-    def build(self) -> keras.Model:
-        """A new network of logits; its initial weights follow Keras' random seed."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -59,6 +49,7 @@ class DigitsTask:
         return Data(*made)
 
     def build(self) -> keras.Model:
+        """A new network of logits; its initial weights follow Keras' random seed."""
         import keras
 
         from nurion_utils.training import GroupedBatchNormalization

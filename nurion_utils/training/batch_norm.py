@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
@@ -11,6 +10,7 @@ import tensorflow as tf
 from keras import ops
 
 from nurion_utils._checks import whole_number
+from nurion_utils.training.communicator import is_alone
 
 _register = keras.saving.register_keras_serializable("nurion_utils")
 
@@ -21,7 +21,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
 
     P ranks with B samples each then normalise as one rank with P x B does, also if some have fewer samples, and all
     hold the same moving statistics. Parameters and call are those of `keras.layers.BatchNormalization`, which this
-    is on one rank. (Horovod's layer of this name passes ``fused=`` on to Keras, and Keras 3 knows no such argument.)
+    is on one rank; on several, ValueError if there is a mask in training. (Horovod's layer of this name passes
+    ``fused=`` on to Keras, and Keras 3 knows no such argument.)
 
     Notes
     -----
@@ -41,29 +42,19 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
 
         if not hvd.is_initialized():
             hvd.init()
-        # A graph that is traced on one rank of an elastic job may later run on several.
-        if hvd.size() == 1 and not int(os.environ.get("HOROVOD_ELASTIC", 0)):
+        if is_alone():
             return super()._moments(inputs, mask)
-        channels = tf.shape(inputs)[self.axis]
-        if mask is None:
-            count = tf.fill([channels], tf.cast(tf.size(inputs) // channels, inputs.dtype))
-        else:
-            mask = tf.broadcast_to(tf.cast(mask, bool)[..., tf.newaxis], tf.shape(inputs))
-            inputs = tf.where(mask, inputs, 0)
-            count = tf.reduce_sum(tf.cast(mask, inputs.dtype), self._reduction_axes)
+        if mask is not None:
+            raise ValueError("SyncBatchNormalization takes no mask in training on several ranks")
+        count = tf.fill([inputs.shape[self.axis]], tf.cast(tf.size(inputs) // inputs.shape[self.axis], inputs.dtype))
         local = tf.stack([tf.reduce_sum(inputs, self._reduction_axes), count])
         total, count = tf.unstack(self._sum_over_ranks(local))
-        if mask is not None:
-            count += keras.backend.epsilon()  # as Keras does: all may be masked
         mean = total / count
         shape = [1] * len(inputs.shape)
         shape[self.axis] = -1
         # The sum of differences is zero, so the variance has no derivative by the mean.
-        difference = inputs - tf.reshape(tf.stop_gradient(mean), shape)
-        if mask is not None:
-            difference = tf.where(mask, difference, 0)
-        variance = self._sum_over_ranks(tf.reduce_sum(tf.square(difference), self._reduction_axes)) / count
-        return mean, variance
+        squares = tf.square(inputs - tf.reshape(tf.stop_gradient(mean), shape))
+        return mean, self._sum_over_ranks(tf.reduce_sum(squares, self._reduction_axes)) / count
 
     def _sum_over_ranks(self, values: tf.Tensor) -> tf.Tensor:
         """The sum; its gradient is the sum of the gradients on all ranks, under a name that all ranks share."""
@@ -110,7 +101,7 @@ class GroupedBatchNormalization(keras.layers.BatchNormalization):
         if not (training and self.trainable):
             return super().call(inputs, training=False)
         if mask is not None:
-            raise ValueError("GroupedBatchNormalization takes no mask in training; use SyncBatchNormalization for it")
+            raise ValueError("GroupedBatchNormalization takes no mask in training")
         x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))  # as Keras does
         size, axes = ops.shape(inputs)[0], [axis + 1 for axis in self._reduction_axes]
         missing = -size % self.group  # known while tracing only if the size of the batch is

@@ -23,19 +23,24 @@ def broadcast_model(model: keras.Model) -> None:
     draw different numbers, so seed each rank differently. ValueError, on all ranks, if the model is not built and
     compiled, or differs between ranks in the name, shape or type of a variable.
     """
+    variables = all_variables(model)
+    ranks = _ranks_of(model)
+    # Otherwise the others would wait for ever for the variables that a rank does not have.
+    require_alike(ranks, outline(model.weights) + _outline_of_slots(variables[len(model.weights) :]))
+    for variable in variables:
+        variable.assign(_broadcast(ranks, variable, 0))
+
+
+def all_variables(model: keras.Model) -> list[keras.Variable]:
+    """The weights of a model and the variables of its optimizer; ValueError if it is not built and compiled."""
     if not model.built or getattr(model, "optimizer", None) is None:
         raise ValueError(
-            "before its variables can be broadcast, the model must be compiled, and built: begin it with "
-            "keras.Input(shape), or call model.build(shape)"
+            "the model must be built and compiled before ranks share its variables: begin it with keras.Input(shape), "
+            "or call model.build(shape), and compile it"
         )
-    ranks = _ranks_of(model)
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
-    slots = variables_of(model.optimizer)
-    # Otherwise the others would wait for ever for the variables that a rank does not have.
-    require_alike(ranks, outline(model.weights) + _outline_of_slots(slots))
-    for variable in [*model.weights, *slots]:
-        variable.assign(_broadcast(ranks, variable, 0))
+    return [*model.weights, *variables_of(model.optimizer)]
 
 
 class BroadcastCallback(keras.callbacks.Callback):
@@ -93,15 +98,9 @@ class SyncCheckCallback(keras.callbacks.Callback):
     """Stop at the end of an epoch, on all ranks, if trained weights or optimizer variables differ between ranks.
 
     They must be equal exactly, as averages over Horovod are. Weights that are not trained are left out: batch
-    normalisation keeps statistics of each rank's own samples.
-
-    Raises
-    ------
-    RuntimeError
-        On all ranks. It names the first variable that differs, the ranks that hold another value than most do
-        (than rank 0, if there is no majority), and by how much they differ.
-    ValueError
-        On all ranks, if they do not train the same variables.
+    normalisation keeps statistics of each rank's own samples. The RuntimeError, on all ranks, names the first variable
+    that differs, the ranks that hold another value than most do (than rank 0, if there is no majority), and by how much
+    they differ. ValueError, on all ranks, if they do not train the same variables.
     """
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,12 @@ def communicator(without_horovod: bool = False) -> Communicator:
         piece[...] = hvd.broadcast(piece, root).numpy()
 
     return Communicator(hvd.rank(), hvd.size(), partial(hvd.allgather_object, name="nurion_allgather"), broadcast)
+
+
+def is_alone() -> bool:
+    """Whether Horovod has nothing to exchange, now and later."""
+    # A graph that is traced on one rank of an elastic job may later run on several.
+    return hvd.size() == 1 and not int(os.environ.get("HOROVOD_ELASTIC", 0))
 
 
 def digest(data: bytes) -> int:

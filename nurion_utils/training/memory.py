@@ -1,8 +1,4 @@
-"""How much memory data-parallel training takes on a node, and whether a site's node has it.
-
-In data parallelism every node holds the whole model and only the samples are divided, so what fits is decided
-on one node.
-"""
+"""How much memory data-parallel training takes on a node, which holds the whole model, and whether it has it."""
 
 from __future__ import annotations
 

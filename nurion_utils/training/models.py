@@ -1,7 +1,7 @@
-"""The networks that the notebooks train: CosmoFlow, its small sister, ResNet-50 and a perceptron.
+"""The networks that the notebooks train; volumes and images have their channels last.
 
-Volumes and images have their channels last. No network here uses the other samples of a batch (ResNet-50,
-which normalises over the batch, is the exception), so that P ranks of batch B can equal one rank of P x B.
+Only those that normalise over the batch, ResNet-50 and MobileNetV2, use the other samples of a batch; with the others
+P ranks of batch B can equal one rank of P x B.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ COSMOFLOW_WEIGHTS = 7_041_443  # that train, for 3 outputs, as the authors' code
 def cosmoflow(outputs: int = 3) -> keras.Model:
     """The CosmoFlow network at full size: volumes of 128^3, 7 convolutions, 3 dense layers; predicts `outputs` numbers.
 
-    Read in the authors' code (github.com/NERSC/cosmoflow, CosmoNet.py, which goes with Mathuriya et al. 2018,
-    arXiv 1808.04728): kernels, channels, strides, unpadded convolutions, average pooling, widths of the dense layers,
-    Glorot initialisation and biases of 0.1. The code counts `COSMOFLOW_WEIGHTS` for 3 outputs, and a log of its runs
-    7,041,186 for 2; this network has exactly as many. As float32 gradients they are 28.17 MB; the paper's figure is
-    remembered as 28.15 MB.
+    After the authors' code (github.com/NERSC/cosmoflow, CosmoNet.py, which goes with Mathuriya et al. 2018,
+    arXiv 1808.04728). It counts `COSMOFLOW_WEIGHTS` for 3 outputs, and a log of its runs 7,041,186 for 2; this network
+    has exactly as many. As float32 gradients they are 28.17 MB; the paper's figure is remembered as 28.15 MB.
 
-    Inferred: the code declares a third pooling whose result it never uses, and folds the 8^3 x 256 values that follow
-    into 64 rows of 2048. One row of 2048, as the first dense layer expects, comes out if that pooling follows the
-    fourth convolution; so it does here. The slope of the leaky ReLU is a setting that the code reads from elsewhere:
-    0.2 here. Its dropout, also a setting, is left out.
+    Inferred: the code declares a third pooling whose result it never uses. A row of 2048 values, as the first dense
+    layer expects, comes out if it follows the fourth convolution; so it does here. The slope of the leaky ReLU, a
+    setting there, is 0.2 here, and the dropout is left out.
     """
     import keras
     from keras import layers

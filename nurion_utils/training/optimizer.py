@@ -16,7 +16,6 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from nurion_utils.training.communicator import communicator, hvd
 from nurion_utils.training.reduction import HorovodReduction, PluggedReduction, as_agreed, kind_of
 
 
@@ -54,10 +53,8 @@ def DistributedOptimizer(  # the name that the field knows
     TypeError
         If `optimizer` is not a Keras 3 optimizer, or is, or wraps, Horovod's own wrapper around one.
     ValueError
-        If the optimizer is distributed already, or it is a `MultiOptimizer` and has an `observer`. Later, when the
-        training step is traced: if it is to be compiled with XLA (Horovod's operations cannot be), if the model
-        trains in float8, whose scales each rank would keep for itself, or, on all ranks, if they do not train the
-        same variables.
+        If the optimizer is distributed already, or is a `MultiOptimizer` and has an `observer`. When the training step
+        is traced: if XLA is to compile it, if the model trains in float8, or if ranks do not train the same variables.
 
     Notes
     -----
@@ -72,11 +69,6 @@ def DistributedOptimizer(  # the name that the field knows
     `hvd.init` is called if it was not. On a single rank nothing is reduced.
     """
     _require_undistributed(optimizer)
-    if reducer is None and hvd is None:
-        raise ImportError(
-            "Horovod cannot be imported here: pass reducer=, a function that averages an array over the ranks in "
-            "place, such as one that calls mpi4py's MPI.COMM_WORLD.Allreduce"
-        )
     if reducer is not None and not callable(reducer):
         raise TypeError(f"reducer must be a function that averages an array in place, not {reducer!r}")
     if observer is not None:
@@ -84,8 +76,6 @@ def DistributedOptimizer(  # the name that the field knows
             raise TypeError(f"observer must be callable, such as NoiseScale(batch_per_rank=32), not {observer!r}")
         if any(isinstance(each, keras.optimizers.MultiOptimizer) for each in nested(optimizer)):
             raise ValueError("an observer must see all gradients at once, but a MultiOptimizer divides them")
-    if reducer is None:
-        communicator()  # starts Horovod
     reduction = HorovodReduction() if reducer is None else PluggedReduction(reducer)
     scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     if keras.config.dtype_policy().name == "mixed_float16" and not scaled and not optimizer.built:
@@ -204,9 +194,7 @@ class _Delegates(_Distributed):
             if not isinstance(optimizer, _Distributed):
                 _take_over(optimizer, self._reduction, f"{self._reduction_name}_{i}", self._observer)
 
-
-class _ScalesLoss(_Delegates):
-    def check_finite(self, grads: list) -> tf.Tensor:
+    def check_finite(self, grads: list) -> tf.Tensor:  # of a LossScaleOptimizer
         # Otherwise the rank with the overflow would skip a step whose allreduce the others wait in.
         overflow = tf.logical_not(super().check_finite(grads))
         return tf.logical_not(self._reduction.is_true_anywhere(overflow, f"{self._reduction_name}_overflow"))
@@ -214,17 +202,13 @@ class _ScalesLoss(_Delegates):
 
 def _take_over(optimizer: keras.optimizers.Optimizer, reduction: Any, name: str, observer: Callable | None) -> None:
     cls = type(optimizer)
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        role = _ScalesLoss
-    elif isinstance(optimizer, keras.optimizers.MultiOptimizer):
-        role = _Delegates
-    else:
-        role = _AveragesGradients
+    wraps = isinstance(optimizer, keras.optimizers.LossScaleOptimizer | keras.optimizers.MultiOptimizer)
+    role = _Delegates if wraps else _AveragesGradients
     # `__class__` is what Keras saves an optimizer under: showing the original one makes the file a plain one.
     shown = {"__class__": property(lambda self: cls), "_reduction": reduction, "_reduction_name": name}
     shown |= {"_observer": staticmethod(observer), "_agreements": {}}  # a plain function must not become a method
     # Changing the class in place keeps what no configuration holds: variables, callables, exclusions. Keras'
     # own __setattr__ would try to track it.
     object.__setattr__(optimizer, "__class__", type(f"Distributed{cls.__name__}", (role, cls), shown))
-    if role is not _AveragesGradients and optimizer.built:
+    if wraps and optimizer.built:
         optimizer._take_over_inner()

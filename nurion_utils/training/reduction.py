@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from nurion_utils.training.communicator import communicator, hvd, outline, require_alike
+from nurion_utils.training.communicator import communicator, hvd, is_alone, outline, require_alike
 
 if TYPE_CHECKING:
     import keras
@@ -34,14 +33,17 @@ def as_agreed(gradient: Any, variable: keras.Variable, kind: str) -> Any:
 
 
 class HorovodReduction:
-    @property
-    def is_needless(self) -> bool:
-        # A graph that is traced on one rank of an elastic job may later run on several.
-        return hvd.size() == 1 and not int(os.environ.get("HOROVOD_ELASTIC", 0))
+    def __init__(self) -> None:
+        if hvd is None:
+            raise ImportError(
+                "Horovod cannot be imported here: pass reducer=, a function that averages an array over the ranks in "
+                "place, such as one that calls mpi4py's MPI.COMM_WORLD.Allreduce"
+            )
+        communicator()  # starts it
 
     def agree(self, kinds: list[str], variables: Sequence[keras.Variable]) -> tuple[str, ...]:
         """Of which kind each gradient is to be, the same on all ranks; ValueError if their variables differ."""
-        if self.is_needless:
+        if is_alone():
             return tuple(kinds)
         ranks = communicator()
         require_alike(ranks, outline(variables))
@@ -53,7 +55,7 @@ class HorovodReduction:
         return tuple("dense" if len(each) != 1 else each.pop() for each in found)
 
     def average(self, gradients: list, name: str) -> list:
-        if self.is_needless:
+        if is_alone():
             return gradients
         with tf.name_scope(""):
             averages = list(gradients)
@@ -83,7 +85,7 @@ class HorovodReduction:
         return tf.IndexedSlices(tf.cast(values, slices.dtype), indices, slices.dense_shape)
 
     def is_true_anywhere(self, condition: tf.Tensor, name: str) -> tf.Tensor:
-        if self.is_needless:
+        if is_alone():
             return condition
         with tf.name_scope(""):
             flag = tf.cast(condition, tf.float32)

@@ -30,28 +30,14 @@ def step_times(
 ) -> pd.DataFrame:
     """Time training steps on this rank together with all others; call it on every rank.
 
-    Blocks of steps alternate between the stages, so that a disturbance of the machine hits all of them alike.
-    A block lasts as long as its slowest rank.
+    Blocks of steps, each of about `block_s` seconds, alternate between the stages, `rounds` for each, so that a
+    disturbance of the machine hits all of them alike. A block lasts as long as its slowest rank. `build` makes the
+    model, whose loss is the mean squared error; `batches` makes something endless of ``(x, y)`` batches, such as
+    ``shard.dataset(...)``. The stages are "forward" (the forward pass alone), "gradient" (and the backward pass),
+    "update" (and an SGD update, every rank by itself) and "allreduce" (with gradients averaged over ranks).
 
-    Parameters
-    ----------
-    build
-        Makes the model; its loss is the mean squared error.
-    batches
-        Makes something endless of ``(x, y)`` batches, such as ``shard.dataset(...)``; further items are not used.
-    stages
-        Which of "forward" (the forward pass alone), "gradient" (and the backward pass), "update" (and an SGD
-        update, every rank by itself) and "allreduce" (the update with gradients averaged over ranks) to time.
-    rounds
-        Number of blocks per stage.
-    block_s
-        Approximate length of one block in seconds.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per round and stage: ``round``, ``stage``, ``ranks``, ``batch_per_rank``, ``step_s``,
-        ``input_s`` (of it, waiting for input), ``samples_per_s`` (all ranks together). Equal on all ranks.
+    Returns one row per round and stage, equal on all ranks: ``round``, ``stage``, ``ranks``, ``batch_per_rank``,
+    ``step_s``, ``input_s`` (of it, waiting for input), ``samples_per_s`` (all ranks together).
     """
     from mpi4py import MPI
 

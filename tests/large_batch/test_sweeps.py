@@ -112,11 +112,11 @@ def test_no_held_out_image_is_made_from_an_original_that_is_trained_on():
 
 
 def test_every_training_is_done_by_exactly_one_rank_and_the_table_is_that_of_one_process(world2, tmp_path):
-    recipes = {"a": recipe(), "b": recipe(base_rate=0.2), "c": recipe("lars")}
+    recipes = {"a": recipe(), "b": recipe(base_rate=0.2)}
     table = sweep(recipes, range(3), world2, TASK, tmp_path)
-    assert list(zip(table["name"], table["seed"], strict=True)) == [(name, seed) for name in "abc" for seed in range(3)]
+    assert list(zip(table["name"], table["seed"], strict=True)) == [(name, seed) for name in "ab" for seed in range(3)]
     lines = [line for file in tmp_path.glob("runs-*.jsonl") for line in file.read_text().splitlines()]
-    assert len(lines) == len({json.loads(line)["key"] for line in lines}) == 9
+    assert len(lines) == len({json.loads(line)["key"] for line in lines}) == 6
     alone = sweep(recipes, range(3), None, TASK)
     assert table["test_error"].to_numpy() == pytest.approx(alone["test_error"].to_numpy(), abs=0.5)
     assert not list(tmp_path.glob("claims-*"))
@@ -131,9 +131,8 @@ def test_what_fails_is_a_row_with_the_reason_and_the_rest_goes_on():
 KILLED = """
 import sys
 from nurion_utils.large_batch import DigitsTask, Recipe, sweep
-recipes = [Recipe(128, base_rate=0.01 * (i + 1), epochs=3, warmup="gradual", warmup_epochs=1) for i in range(12)]
-table = sweep(recipes, range(8), None, DigitsTask(samples=1024), sys.argv[1])
-print(table[["base_rate", "seed", "test_error"]].to_json())
+recipes = [Recipe(128, base_rate=0.01 * (i + 1), epochs=3, warmup="gradual", warmup_epochs=1) for i in range(8)]
+sweep(recipes, range(8), None, DigitsTask(samples=1024), sys.argv[1])
 """
 
 
@@ -147,12 +146,11 @@ def test_a_sweep_that_is_killed_goes_on_where_it_stopped(tmp_path):
     process.kill()
     process.wait()
     done = sweeping.finished(tmp_path)
-    assert 8 <= len(done) < 96
-    second = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    table = json.loads(second.stdout.splitlines()[-1])
-    assert len(table["test_error"]) == 96 and None not in table["test_error"].values()
+    assert 8 <= len(done) < 64
+    table = sweep([recipe(base_rate=0.01 * (i + 1)) for i in range(8)], range(8), None, TASK, tmp_path)
+    assert len(table) == 64 and table["test_error"].notna().all()
     lines = [line for file in tmp_path.glob("runs-*.jsonl") for line in file.read_text().splitlines()]
-    assert len(lines) == 96  # nothing was done twice
+    assert len(lines) == 64  # nothing was done twice
 
 
 def test_a_lost_rank_is_an_error_and_what_was_done_is_kept(world2, tmp_path):
@@ -188,16 +186,16 @@ PLAIN = Recipe(128, base_batch=128, epochs=4)
 
 
 def test_ranks_search_one_study_and_a_second_call_goes_on(world2, tmp_path):
-    first = search(PLAIN, SPACE, world2, trials=8, task=TASK, path=tmp_path)
-    assert len(first) == 8 and set(first["rank"]) == {0, 1}
-    second = search(PLAIN, SPACE, world2, trials=12, task=TASK, path=tmp_path)
-    assert len(second) == 12 and set(first["trial"]) < set(second["trial"])
+    first = search(PLAIN, SPACE, world2, trials=6, task=TASK, path=tmp_path)
+    assert len(first) == 6 and set(first["rank"]) == {0, 1}
+    second = search(PLAIN, SPACE, world2, trials=8, task=TASK, path=tmp_path)
+    assert len(second) == 8 and set(first["trial"]) < set(second["trial"])
     best = second.iloc[0]
     assert (
         best["state"] == "complete"
         and best["validation_error"] == second.query("state == 'complete'")["validation_error"].min()
     )
-    assert len(search(PLAIN, SPACE, None, trials=12, task=TASK, path=tmp_path)) == 12  # nothing left to do
+    assert len(search(PLAIN, SPACE, None, trials=8, task=TASK, path=tmp_path)) == 8  # nothing left to do
 
 
 @pytest.mark.parametrize("trials", [1, 3])
@@ -210,14 +208,14 @@ def test_two_ranks_do_exactly_as_many_trials_as_asked_for_and_count_those_that_f
 
 def test_a_trial_that_was_cut_off_with_its_rank_is_made_up_for(world2, tmp_path):
     killer = f"while ! ls {tmp_path}/claims-*/2 2>/dev/null; do sleep 0.01; done; kill -9 {world2.run(os.getpid)[1]}"
-    long = PLAIN.changed(epochs=200)
+    long = PLAIN.changed(epochs=60)
     with subprocess.Popen(["sh", "-c", killer], stdout=subprocess.DEVNULL):
         with pytest.raises(RankError, match="rank 1"):
-            search(long, {"base_rate": (0.01, 1.0)}, world2, 6, seeds=[0], task=TASK, path=tmp_path)
+            search(long, {"base_rate": (0.01, 1.0)}, world2, 4, seeds=[0], task=TASK, path=tmp_path)
     world2.restart()
-    table = search(long, {"base_rate": (0.01, 1.0)}, world2, 6, seeds=[0], task=TASK, path=tmp_path)
-    assert len(table) == 6 and set(table["state"]) <= {"complete", "pruned"}
-    assert table["trial"].max() >= 6  # the one that was cut off was begun, and is not among them
+    table = search(long, {"base_rate": (0.01, 1.0)}, world2, 4, seeds=[0], task=TASK, path=tmp_path)
+    assert len(table) == 4 and set(table["state"]) <= {"complete", "pruned"}
+    assert table["trial"].max() >= 4  # the one that was cut off was begun, and is not among them
 
 
 def test_a_training_that_breaks_in_a_trial_is_a_row_with_the_reason(monkeypatch):

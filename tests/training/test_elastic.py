@@ -155,7 +155,7 @@ def test_a_function_that_cannot_be_sent_is_refused_before_a_rank_starts():
 
 ORPHANS = """
 import os, time
-from nurion_utils.training.elastic import elastic_launch
+from nurion_utils.ranks.launchers.elastic import elastic_launch
 
 def wait(directory):
     open(f"{directory}/{os.getpid()}", "w").close()

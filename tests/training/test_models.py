@@ -83,7 +83,7 @@ def small_volumes():
     return x, np.stack([volumes.targets_of(parameters) for _, parameters in made])
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_the_regression_learns_sigma_8_from_volumes_it_has_not_seen(small_volumes, seed):
     keras.utils.set_random_seed(seed)
     x, y = small_volumes
