@@ -25,7 +25,8 @@ cloudpickle.register_pickle_by_value(helpers)
 hypothesis.settings.register_profile("busy", deadline=None)
 hypothesis.settings.load_profile("busy")
 
-NEEDS = {"permitted": "lab", "notebook": "ranks", "resumed": "install"}  # what a fixture's name says of its tests
+# What the name of a fixture says of its tests.
+NEEDS = {"permitted": "lab", "notebook": "ranks", "resumed": "install", "ran": "notebook"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,33 +37,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name in getattr(item, "fixturenames", []):
             if marker := "ranks" if name.startswith("world") else NEEDS.get(name):
                 item.add_marker(marker)
+        if not alone(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items.sort(key=alone, reverse=True)  # the longest first, or one would still run when all others have ended
 
 
-_used: set[str] = set()  # what the test that runs now has used
+def alone(item: pytest.Item) -> bool:
+    """Whether the test executes one of the course's notebooks: it shares nothing with others of its module."""
+    return item.path.parent.name == "notebooks" and item.get_closest_marker("notebook") is not None
+
+
+_started: list[str] = []  # launchers of ranks, since the test that runs now began
 
 
 def _note(event: str, arguments: tuple) -> None:
-    if event == "import" and arguments[0] == "tensorflow":
-        _used.add("tensorflow")
-    elif event == "subprocess.Popen" and {"guardian.py", "mpiexec"} & {
-        os.path.basename(os.fsdecode(word)) for word in arguments[1] if isinstance(word, str | os.PathLike)
-    }:
-        _used.add("ranks")
+    if event == "subprocess.Popen":
+        words = {os.path.basename(os.fsdecode(word)) for word in arguments[1] if isinstance(word, str | os.PathLike)}
+        _started.extend({"guardian.py", "mpiexec"} & words)
 
 
 sys.addaudithook(_note)
+SLOW = {"ranks", "lab", "notebook", "slow"}
 
 
 @pytest.fixture(autouse=True)
-def marked(request: pytest.FixtureRequest) -> Iterator[None]:
+def marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A test that uses ranks or TensorFlow says so by its marker, or `make check` would not stay quick."""
-    _used.clear()
+    markers = {mark.name for mark in request.node.iter_markers()}
+    if not markers & {"tensorflow", *SLOW}:
+        for name in ("tensorflow", "keras", "horovod"):
+            monkeypatch.setitem(sys.modules, name, None)  # to import them is an error here
+    _started.clear()
     yield
-    allowed = {mark.name for mark in request.node.iter_markers()}
-    if "ranks" in _used and not allowed & {"ranks", "lab", "notebook", "slow"}:
+    if _started and not markers & SLOW:
         pytest.fail("this test starts ranks: mark it with pytest.mark.ranks")
-    if "tensorflow" in _used and not allowed & {"tensorflow", "ranks", "lab", "notebook", "slow"}:
-        pytest.fail("this test imports TensorFlow: mark it with pytest.mark.tensorflow")
 
 
 @pytest.fixture(scope="session")

@@ -96,9 +96,9 @@ def test_so_is_one_of_horovod(world2, soon, mistake, call: str) -> None:
     assert f"in {mistake.__name__}" in str(caught.value) and "--- where rank" in str(caught.value)
 
 
-def test_somebody_who_watches_is_told_first(world, monkeypatch, capsys) -> None:
+def test_somebody_who_watches_is_told_first(world, soon, monkeypatch, capsys) -> None:
     monkeypatch.setattr(watching.notebook, "somebody_watches", lambda: True)
-    monkeypatch.setattr(watching, "STALL_LIMIT_S", stalls.NOTICE_S + 3)
+    monkeypatch.setattr(watching, "STALL_LIMIT_S", stalls.NOTICE_S + 2)
     with pytest.raises(RankError, match="rank 0 waits in allreduce"):
         world.run(mpi_on_rank_0)
     told = capsys.readouterr().out

@@ -318,6 +318,7 @@ time.sleep(100)
 """
 
 
+@pytest.mark.notebook
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_with_its_table_and_leaves_no_kernel(tmp_path, number):
     root = project(tmp_path, n00_sleeps=SLEEPS, n01_other="")
@@ -339,6 +340,7 @@ def test_a_signal_ends_the_run_with_its_table_and_leaves_no_kernel(tmp_path, num
     nbformat.validate(nbformat.read(root / "build/executed/00_sleeps.ipynb", 4))
 
 
+@pytest.mark.notebook
 def test_a_notebook_over_its_time_limit_is_ended_and_says_so(tmp_path):
     root = project(tmp_path, n00_sleeps=SLEEPS)
     notebooks.main(["build"], root)
