@@ -503,6 +503,7 @@ print(json.dumps({"rows": len(table), "peak_bytes": peak_bytes}))
 """
 
 
+@pytest.mark.slow
 def test_a_million_events_take_less_than_a_gigabyte(tmp_path):
     bench.write(tmp_path / "timeline.json", 1_000_000)
     command = [sys.executable, "-c", READ, str(tmp_path / "timeline.json")]

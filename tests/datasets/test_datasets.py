@@ -199,6 +199,7 @@ def copy(written, tmp_path):
     return tmp_path
 
 
+@pytest.mark.tensorflow
 def test_what_is_read_is_what_was_made_in_any_order(written):
     reader = volumes.Volumes(written)
     assert len(reader) == 7
@@ -220,6 +221,7 @@ def test_the_index_lists_every_sample_with_its_place_and_parameters(written):
         np.testing.assert_allclose([row.omega_m, row.sigma_8, row.n_s], parameters, rtol=1e-12)
 
 
+@pytest.mark.tensorflow
 def test_tensorflow_reads_the_files_as_plain_tfrecord(written):
     import tensorflow as tf
 
@@ -231,6 +233,7 @@ def test_tensorflow_reads_the_files_as_plain_tfrecord(written):
     np.testing.assert_array_equal(volume.numpy().reshape(8, 8, 8), volumes.sample(4, 8, seed=2)[0])
 
 
+@pytest.mark.tensorflow
 def test_a_shard_trains_from_the_files(written):
     reader = volumes.Volumes(written)
     shard = Shard(samples=7, world_size=2, rank=1, batch_size=2)
@@ -240,6 +243,7 @@ def test_a_shard_trains_from_the_files(written):
     np.testing.assert_array_equal(y.numpy(), expected[1])
 
 
+@pytest.mark.tensorflow
 def test_nothing_half_written_is_left_when_writing_stops(tmp_path, monkeypatch):
     def stops_at_4(index, size, seed):
         if index == 4:
@@ -258,11 +262,13 @@ def test_nothing_half_written_is_left_when_writing_stops(tmp_path, monkeypatch):
     assert len(volumes.Volumes(tmp_path)) == 7
 
 
+@pytest.mark.tensorflow
 def test_volumes_are_not_written_over_others(written):
     with pytest.raises(ValueError, match="holds volumes already"):
         volumes.write(written, samples=2, size=8)
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -278,6 +284,7 @@ def test_a_wrong_number_is_refused_before_a_file_is_made(tmp_path, wrong, says):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.tensorflow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
 @given(sample=st.integers(0, 6), where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_any_changed_byte_of_a_sample_is_reported_with_its_file(written, copy, sample, where, flip):
@@ -292,6 +299,7 @@ def test_any_changed_byte_of_a_sample_is_reported_with_its_file(written, copy, s
     reader.read([sample])
 
 
+@pytest.mark.tensorflow
 def test_damage_found_while_training_names_the_file_too(copy):
     import tensorflow as tf
 

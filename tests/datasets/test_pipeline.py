@@ -19,6 +19,8 @@ from nurion_utils.datasets.pipeline import (
 from nurion_utils.ranks import RankError
 from nurion_utils.storage import EmulatedFileSystem, ParallelFileSystem
 
+pytestmark = pytest.mark.tensorflow
+
 SIZE, SAMPLES = 8, 24
 FAST = ParallelFileSystem(targets=4, target_mb_per_s=1000, metadata_ops_per_s=10_000, timeout_s=20)
 # 20 ms for an open, which two ranks with a file each step make 40 ms a step: enough to be seen on any machine.

@@ -125,6 +125,7 @@ def batches(shard, dataset, epochs):
     return [tuple(part.numpy() for part in batch) for batch in dataset.take(epochs * shard.steps)]
 
 
+@pytest.mark.tensorflow
 @settings(max_examples=10, deadline=None)
 @given(plan=plans, start=st.integers(0, 3))
 def test_the_dataset_goes_through_the_epochs_of_the_plan_from_where_it_is_told_without_empty_slots(plan, start):
@@ -139,6 +140,7 @@ def test_the_dataset_goes_through_the_epochs_of_the_plan_from_where_it_is_told_w
         np.testing.assert_allclose(weight / len(x), weights[weights > 0] / plan["batch_size"], rtol=1e-6)
 
 
+@pytest.mark.tensorflow
 @settings(max_examples=10, deadline=None)
 @given(plan=plans)
 def test_batches_of_equal_size_have_weights_of_one(plan):
@@ -158,6 +160,7 @@ class Squares:
         return indices[:, None].astype(np.float32), (indices**2).astype(np.float32)
 
 
+@pytest.mark.tensorflow
 def test_the_dataset_reads_by_index_from_a_reader():
     shard = Shard(samples=11, world_size=2, rank=1, batch_size=3)
     dataset = shard.dataset(Squares())
@@ -167,12 +170,14 @@ def test_the_dataset_reads_by_index_from_a_reader():
         np.testing.assert_array_equal(y, x[..., 0] ** 2)
 
 
+@pytest.mark.tensorflow
 def test_where_all_steps_are_full_the_size_of_a_batch_is_known_to_tensorflow():
     numbers = np.arange(12)
     dataset = Shard(samples=12, world_size=2, rank=1, batch_size=3).dataset(numbers, numbers)
     assert [tuple(spec.shape) for spec in dataset.element_spec] == [(3,)] * 3
 
 
+@pytest.mark.tensorflow
 def test_keras_fit_sees_every_sample_once_per_epoch_and_the_tail_trains_like_the_plain_mean():
     import keras
 

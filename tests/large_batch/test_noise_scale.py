@@ -297,6 +297,7 @@ def test_what_cannot_be_measured_is_refused_with_its_remedy(refused, name):
     assert all(REMEDIES[name] in on_rank[name] for on_rank in refused), refused[0][name]
 
 
+@pytest.mark.tensorflow
 def test_only_the_last_steps_are_remembered():
     small_sq, large_sq = np.random.default_rng(0).uniform([[2], [1]], [[3], [2]], (2, 25)).astype("float32")
     with (

@@ -98,6 +98,7 @@ def test_a_schedule_reads_the_recipes_table_and_stays_at_its_last_rate(recipe, s
         assert schedule(step).numpy() == rates[min(step, len(rates) - 1)]
 
 
+@pytest.mark.tensorflow
 def test_a_step_may_be_a_number_a_tensor_or_a_variable_and_compiled():
     schedule = RecipeSchedule(WARM, 2560)
     compiled = [tf.function(schedule, jit_compile=jit) for jit in (False, True)]
@@ -129,6 +130,7 @@ def batches(sizes: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(rng.normal(size=(n, 4)).astype("float32"), rng.normal(size=(n, 2)).astype("float32")) for n in sizes]
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_run_saved_in_the_middle_of_the_warm_up_goes_on_as_if_it_never_stopped(optimizer, tmp_path):
     recipe = WARM.changed(optimizer=optimizer, base_rate=0.01)

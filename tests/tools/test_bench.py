@@ -95,6 +95,7 @@ def test_cpu_time_of_descendants_is_not_that_of_others(is_ours: bool, monkeypatc
     assert (before - timing._others_s() > 0.4) == is_ours
 
 
+@pytest.mark.tensorflow
 def test_imports_are_timed_in_a_fresh_python():
     result = summarise(next(row for row in ROWS if row.name == "import"), imports.measure(pairs=1))
     assert 0 < result["ours"] < result["peer"]
@@ -132,6 +133,7 @@ def test_copies_are_timed_in_turn_and_removed(cold: bool, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("module", ["peer_tensorflow", "peer_torch"])
 def test_a_peer_trains_and_leaves_nothing(module: str):
     if module == "peer_torch":

@@ -98,6 +98,7 @@ def test_a_full_disk_is_refused(clone, home):
     assert "needs 3.0 GB" in said and "1.0 GB left" in said and "make room" in said
 
 
+@pytest.mark.slow  # pip tries again and again
 def test_a_missing_network_is_refused_before_uv_is_there(clone, home):
     nowhere = "http://127.0.0.1:9"
     assert "connect this machine" in refusal(clone, home, HTTPS_PROXY=nowhere, HTTP_PROXY=nowhere, ALL_PROXY=nowhere)

@@ -11,6 +11,8 @@ from keras.layers import Activation, BatchNormalization, Concatenate, Conv2D, De
 
 from nurion_utils.training.batch_norm import GroupedBatchNormalization, SyncBatchNormalization
 
+pytestmark = pytest.mark.tensorflow
+
 few = settings(max_examples=25, deadline=None)
 STEPS = 5
 

@@ -15,6 +15,8 @@ import tensorflow as tf
 from nurion_utils.ranks import RankError
 from nurion_utils.training.elastic import elastic_launch
 
+pytestmark = pytest.mark.ranks
+
 EPOCHS, BATCH, KILLED_AT = 6, 8, (2, 10)
 
 

@@ -13,6 +13,8 @@ from nurion_utils import sites
 from nurion_utils.datasets import digits, volumes
 from nurion_utils.training import memory, models
 
+pytestmark = pytest.mark.tensorflow
+
 
 def gradient_megabytes(model):
     return sum(np.prod(weight.shape) * 4 for weight in model.trainable_weights) / 1e6

@@ -417,6 +417,7 @@ assert hvd.size() == 1
 """
 
 
+@pytest.mark.tensorflow
 def test_one_process_without_mpiexec_trains_as_plain_keras_and_a_reducer_needs_no_horovod():
     here = __file__.rpartition("/")[0]
     run = subprocess.run([sys.executable, "-c", SINGLE, here], capture_output=True, text=True, timeout=120)
