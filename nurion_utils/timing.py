@@ -68,12 +68,10 @@ def ratios(table: pd.DataFrame, of: str, contender: str, by: Sequence[str] = (),
     ----------
     table
         One row per measurement; ``repeat`` is the number of the turn.
-    of
-        The contender that the others are compared with.
-    contender, value
-        Columns with the name of the contender, and its time.
-    by
-        Columns of what was measured, such as a size; compared are rows that agree in them.
+    of, contender
+        Whom the others are compared with, and the column with the contenders' names.
+    by, value
+        Columns that compared rows agree in, such as a size; the column of times.
 
     Returns
     -------
@@ -128,18 +126,10 @@ def _others_s() -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The times of two contenders that took turns, as ratios of neighbours.
+    """The times of two contenders that took turns, as ratios of neighbours."""
 
-    Attributes
-    ----------
-    ratios
-        Time of the second over time of the first, one per pair: above 1 where the first was faster.
-    others_cores
-        Cores that other programs took meanwhile.
-    """
-
-    ratios: tuple[float, ...]
-    others_cores: float
+    ratios: tuple[float, ...]  # time of the second over that of the first, per pair: above 1 where the first was faster
+    others_cores: float  # cores that other programs took meanwhile
 
     @property
     def median(self) -> float:

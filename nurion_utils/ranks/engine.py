@@ -79,10 +79,7 @@ def main() -> None:
 
 
 def stay_outside(status: Path) -> None:
-    """Go on in a child; this process only writes down how that ended, then stays until it is killed.
-
-    Were mpiexec to see it end, it would kill the other ranks before anyone could ask them where they were.
-    """
+    """Go on in a child; this process writes down how that ended, and stays: mpiexec would else kill the other ranks."""
     if child := os.fork():
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         status.write_text(str(ended))

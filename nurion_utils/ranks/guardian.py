@@ -1,9 +1,8 @@
 """The process that owns a world's processes, and outlives nobody.
 
-``ranks.start`` starts this file with the standard library alone (``python -I -S``). The guardian starts the
-controller and the ranks, and adopts whatever they leave behind (Linux' "child subreaper"). Its standard input is
-a pipe held open by the notebook kernel: however the kernel ends, SIGKILL included, the pipe closes, and the
-guardian kills every process below it, removes their shared-memory segments and the run directory, and ends.
+It runs on the standard library alone (``python -I -S``), starts the controller and the ranks, and adopts whatever
+they leave behind (Linux' "child subreaper"). Its standard input is a pipe held open by the notebook kernel: however
+that ends, the pipe closes, and the guardian kills all below it, and removes shared memory and the run directory.
 """
 
 import ctypes

@@ -48,8 +48,7 @@ def no_interrupt_lost() -> Iterator[None]:
 def close_for(owner: int, resources: contextlib.ExitStack) -> None:
     """Close what nobody holds any more: a callback of `weakref.finalize`, whose errors Python only prints.
 
-    Closing a world takes as long as its processes take to end; an interrupt meanwhile would be lost, and the program go
-    on. So it comes afterwards.
+    An interrupt while the processes end would be lost, so it comes afterwards.
     """
     if os.getpid() != owner:
         return  # a forked child of the notebook must not end its parent's ranks

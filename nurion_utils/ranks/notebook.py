@@ -48,16 +48,9 @@ class ProgressBar:
 
 
 def progress(iterable: Iterable[T], total: int | None = None, description: str = "") -> Iterator[T]:
-    """Iterate on a rank and let the notebook show one progress bar for all ranks.
+    """Iterate on a rank and let the notebook show one bar for all ranks, with a `description` in front of it.
 
-    Parameters
-    ----------
-    iterable
-        What to go through.
-    total
-        Number of items, needed where `iterable` has no length.
-    description
-        Text in front of the bar.
+    `total` is the number of items, needed where `iterable` has no length.
     """
     total = len(iterable) if total is None and _on_rank() else total  # type: ignore[arg-type]
     tell = meter(total, description)
@@ -73,10 +66,7 @@ def _on_rank() -> bool:
 
 
 def meter(total: int | None, description: str = "", unit: str = "it") -> Callable[[int], None]:
-    """What a rank calls with each amount that is done, so that the notebook can show one bar for all ranks.
-
-    Elsewhere the calls do nothing.
-    """
+    """What a rank calls with each amount that is done, for one bar of all ranks; elsewhere the calls do nothing."""
     if not _on_rank():
         return lambda amount: None
     publish, done, told_at = shell().data_pub.publish_data, 0, 0.0

@@ -22,18 +22,10 @@ STOPPED_AT_WORK = RankError("this world was stopped while its ranks were at work
 
 
 class Watcher:
-    """A thread that looks after started ranks, and the one way to wait for them.
-
-    Attributes
-    ----------
-    broken : str or None
-        Why these ranks are of no more use.
-    stopping : threading.Event
-        Set when they are being stopped.
-    """
+    """A thread that looks after started ranks, and the one way to wait for them."""
 
     def __init__(self, processes: LocalRanks, client: Any) -> None:
-        self.broken: str | None = None
+        self.broken: str | None = None  # why these ranks are of no more use
         self.stopping = threading.Event()
         self.ending = threading.RLock()
         self._ended: RankError | None = None  # what those hear who still wait for ranks that are gone

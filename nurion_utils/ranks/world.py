@@ -1,10 +1,9 @@
 """A world: started ranks, as a notebook uses them.
 
-The ranks are ipyparallel engines started by ``mpiexec``, so ``%%px`` cells work as well. Four promises go
-beyond a plain ``ipyparallel.Cluster``:
+The ranks are ipyparallel engines started by ``mpiexec``, so ``%%px`` cells work as well. Promised beyond that:
 
 * nothing hangs: a watcher thread sees a rank die, raise or return while others wait for it, and says which one;
-* nothing leaks: a guardian process (`nurion_utils.ranks.guardian`) ends everything whatever happens to the kernel;
+* nothing leaks: a guardian process ends everything whatever happens to the kernel;
 * nobody else gets in: loopback only, messages signed, files private to the user and the run;
 * nothing is mixed up: calls from several threads take turns, so that all ranks meet them in the same order.
 """
@@ -14,25 +13,22 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 from nurion_utils import sites
 from nurion_utils._checks import whole_number
-from nurion_utils.ranks import failures, notebook
+from nurion_utils.ranks import notebook
 from nurion_utils.ranks.calls import call, pickle_call
 from nurion_utils.ranks.engine import cores_by_rank, is_complete
 from nurion_utils.ranks.environment import rank_environment
 from nurion_utils.ranks.failures import RankError
 from nurion_utils.ranks.interrupts import close_for, no_interrupt_lost
-from nurion_utils.ranks.launchers.local import LocalRanks
+from nurion_utils.ranks.launchers.local import START_TIMEOUT_S, LocalRanks
 from nurion_utils.ranks.watching import Watcher
 
 T = TypeVar("T")
-
-START_TIMEOUT_S = 120.0
 
 
 def start(n: int, env: dict[str, str] | None = None, cores_per_rank: int | None = None) -> World:
@@ -128,8 +124,7 @@ class World(contextlib.AbstractContextManager):
         self._stopped = True
         watcher = self._watcher
         if watcher is None:
-            self._resources.close()
-            return
+            return self._resources.close()
         watcher.stopping.set()
         with watcher.ending:
             self._resources.close()
@@ -171,28 +166,20 @@ class World(contextlib.AbstractContextManager):
         import cloudpickle  # noqa: F401 (so that the first call, too, finds nothing to import)
         import ipyparallel  # 0.5 s of imports, while the ranks are starting
 
-        processes, deadline = self._processes, time.monotonic() + START_TIMEOUT_S
+        processes = self._processes
         while not is_complete(processes.connection_file):
-            self._check_start(deadline)
+            processes.require_starting()
         self._client = ipyparallel.Client(str(processes.connection_file), timeout=START_TIMEOUT_S)
         self._client._task_scheme = "none"  # else it would warn, at each end of a rank, that tasks cannot be farmed
         self._resources.callback(self._client.close, linger=0)
         while len(self._client) < self.n:
-            self._check_start(deadline)
+            processes.require_starting()
         self._view = self._client[:]
         self._view.block = True
         processes.hold()
         self._watcher = Watcher(processes, self._client)
         self._resources.callback(self._watcher.stop)
         notebook.register_magics(self)
-
-    def _check_start(self, deadline: float) -> None:
-        """Pause for a moment, or raise when waiting for the ranks has become useless."""
-        self._processes.require_starting()
-        if time.monotonic() > deadline:
-            output = failures.last_output(self._processes.names, self._processes.directory)
-            raise RankError(f"the ranks did not start within {START_TIMEOUT_S:.0f} s{output}")
-        time.sleep(0.02)
 
     def _require_running(self) -> None:
         if self._watcher is not None and self._watcher.broken:

@@ -54,9 +54,8 @@ class _Checked(BaseModel):
 class Figure(_Checked):
     """One figure and where it comes from.
 
-    ``status`` is ``read`` (in the source named), ``remembered`` (to be checked before anything depends on
-    it), ``derived`` (follows from other figures), ``measured`` (here, when the site is loaded) or
-    ``chosen`` (a limit that is set, not found).
+    It is ``read`` there, ``remembered`` (to be checked before anything depends on it), ``derived`` from other figures,
+    ``measured`` when the site is loaded, or ``chosen`` (a limit that is set, not found).
     """
 
     value: int | float | str | list[str]
@@ -148,8 +147,7 @@ class FileSystem(Part):
 class BurstBuffer(Part):
     """Flash between the nodes and the shared file system; ``back_end`` says how data gets there and back.
 
-    ``ime`` by commands that a job runs; ``datawarp`` and ``rabbit`` by directives that the scheduler reads before
-    the job starts; ``posix`` by copying to ``path``.
+    ``ime`` by commands in the job, ``datawarp`` and ``rabbit`` by directives to the scheduler, ``posix`` by copying.
     """
 
     back_end: Literal["ime", "datawarp", "rabbit", "posix"]

@@ -37,10 +37,8 @@ def read(path: Path) -> Site:
     try:
         return Site.model_validate(tomllib.loads(text) | {"name": Path(path).stem})
     except tomllib.TOMLDecodeError as error:
-        raise SiteError(
-            f"{path}: this is not TOML ({error}); "
-            'a figure is written as `cores = { value = 68, status = "read", source = "guide" }`'
-        ) from None
+        figure = 'cores = { value = 68, status = "read", source = "guide" }'
+        raise SiteError(f"{path}: this is not TOML ({error}); a figure is written as `{figure}`") from None
     except ValidationError as error:
         # A misspelt entry is also a missing one: name the misspelling.
         first = sorted(error.errors(), key=lambda found: found["type"] != "extra_forbidden")[0]

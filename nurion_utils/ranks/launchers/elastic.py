@@ -72,12 +72,10 @@ def elastic_launch(
 
     Notes
     -----
-    Horovod's own elastic driver is not used: it listens on all interfaces, unpickles what anybody sends there,
-    and starts workers over ssh. Gloo still asks nobody who they are, so on a machine shared with people you do
-    not trust, know that it listens on the loopback interface while the launch lasts.
+    Horovod's own elastic driver listens on all interfaces and unpickles what anybody sends there; this one does not.
+    But Gloo asks nobody who they are, and listens on the loopback interface while the launch lasts.
 
-    Survivors notice a loss at once or within 10 s. One more loss in the moment in which they reconnect ends
-    them all: Horovod aborts then.
+    Survivors notice a loss at once or within 10 s. A further one while they reconnect ends them all: Horovod aborts.
     """
     if not 1 <= min_ranks <= ranks:
         raise ValueError(f"min_ranks must be from 1 to ranks={ranks}, not {min_ranks}")
@@ -192,10 +190,7 @@ def _work(outcome: int) -> None:
 
 
 def _take_place() -> None:
-    """Ask for a rank before connecting for the first time, as Horovod itself does before any later time.
-
-    So all ranks have their slow imports behind them when they connect, and one lost on the way is not missed.
-    """
+    """Ask for a rank before connecting, as Horovod does any later time: one lost while importing is not missed."""
     address, port, host = (
         os.environ[f"HOROVOD_{name}"] for name in ("GLOO_RENDEZVOUS_ADDR", "GLOO_RENDEZVOUS_PORT", "HOSTNAME")
     )
@@ -206,10 +201,7 @@ def _take_place() -> None:
 
 
 class Rendezvous:
-    """Tells ranks who they are, at the start and again whenever all that live ask anew.
-
-    To Horovod every rank is a host of its own, so that losing one costs no other.
-    """
+    """Tells ranks who they are, whenever all that live ask. To Horovod each is a host: losing one costs no other."""
 
     def __init__(self, hosts: list[str], address: str = "127.0.0.1") -> None:
         self.living = list(hosts)

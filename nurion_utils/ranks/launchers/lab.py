@@ -17,12 +17,15 @@ import os
 import signal
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from nurion_utils._checks import number, whole_number
 from nurion_utils.ranks import failures
-from nurion_utils.ranks.calls import pickle_call
+from nurion_utils.ranks.calls import call, pickle_call
+from nurion_utils.ranks.engine import note_output, stay_outside
+from nurion_utils.ranks.environment import identity
 from nurion_utils.ranks.failures import Failure, RankError
 from nurion_utils.ranks.interrupts import close_for
 from nurion_utils.ranks.launchers import lab_host
@@ -32,7 +35,6 @@ T = TypeVar("T")
 MAX_RANKS = 32
 GRACE_S = 3.0  # how long ranks may go on after one has raised, before they count as waiting for it
 TICK_S = 0.1
-CLOSED = "this lab has been closed"
 
 
 class LabError(RankError):
@@ -62,15 +64,7 @@ def start(n: int, rate_mbit: float = 100.0) -> Lab:
 
 
 class Lab(contextlib.AbstractContextManager):
-    """An open lab; `start` makes one.
-
-    Attributes
-    ----------
-    n : int
-        Number of hosts, with one rank each.
-    rate_mbit : float
-        Rate of each link in each direction, in Mbit/s.
-    """
+    """An open lab of `n` hosts with one rank each, on links of `rate_mbit` Mbit/s each way; `start` makes one."""
 
     def __init__(self, n: int, rate_mbit: float):
         self.n, self.rate_mbit = n, rate_mbit
@@ -81,7 +75,7 @@ class Lab(contextlib.AbstractContextManager):
             self._connections, self._pids, self._directory = lab_host.start(n, rate_mbit, self._resources)
         except BaseException as error:
             self.close()
-            if isinstance(error, lab_host.Refused):
+            if isinstance(error, RankError):
                 raise LabError(str(error)) from None
             raise
 
@@ -105,16 +99,15 @@ class Lab(contextlib.AbstractContextManager):
             raise LabError(f"{self._ended}; open a new one with lab.start({self.n}, {self.rate_mbit:g})")
         try:
             return [cloudpickle.loads(answer.pop()) for answer in self._ask(pickled, timeout_s)]
-        except LabError:
-            raise
-        except BaseException as error:  # the ranks are still at it, and would answer the next question with this one
-            self._ended = self._ended or f"this lab was closed by a {type(error).__name__} while its ranks were at work"
-            self.close()
+        except BaseException as error:
+            if not isinstance(error, LabError):
+                # The ranks are still at it, and would answer the next question with this one.
+                self.close(f"this lab was closed by a {type(error).__name__} while its ranks were at work")
             raise
 
-    def close(self) -> None:
+    def close(self, why: str = "this lab has been closed") -> None:
         """End the ranks and remove the network. Calling it again does no harm."""
-        self._ended = self._ended or CLOSED
+        self._ended = self._ended or why
         self._resources.close()
 
     def __exit__(self, *exception: object) -> None:
@@ -161,14 +154,38 @@ class Lab(contextlib.AbstractContextManager):
         ends = sorted(self._directory.glob("rank*.status"), key=lambda file: file.stat().st_mtime_ns)
         return [int(file.stem.removeprefix("rank")) for file in ends]
 
-    def _break(self, reason: str, waiting: list[int], dead: Sequence[int] = ()) -> None:
+    def _break(self, reason: str, waiting: list[int], died: Iterable[int] = ()) -> None:
         """Close the lab and say why, and where the ranks were that were still at work."""
         for rank in waiting:
             with contextlib.suppress(OSError):
                 os.kill(self._pids[rank], signal.SIGUSR1)  # faulthandler writes down where it stands
         deaths = self._deaths()
         stacks = failures.where([rank for rank in waiting if rank not in deaths], self._directory)
-        self._ended = f"this lab has ended because {reason.splitlines()[0]}"
-        self.close()
+        self.close(f"this lab has ended because {reason.splitlines()[0]}")
         again = f"lab.start({self.n}, {self.rate_mbit:g})"
-        raise LabError(f"{reason}{stacks}\nAll ranks have been ended; open a new lab with {again}.", died=dead)
+        raise LabError(f"{reason}{stacks}\nAll ranks have been ended; open a new lab with {again}.", died=died)
+
+
+def main() -> None:
+    """One rank: run what the notebook sends, and answer."""
+    rank = identity().rank
+    own = Path(lab_host.SHM, f"rank{rank}")
+    stay_outside(Path(f"{own}.status"))
+    note_output(own)  # what a rank prints would else travel through the network that is measured
+
+    from mpi4py import MPI
+
+    notebook = multiprocessing.connection.Client(lab_host.SOCKET)
+    notebook.send(rank)
+    with contextlib.suppress(EOFError):
+        while True:
+            pause_s = 0.001
+            # The last bytes that this rank has sent may need MPI's help to leave it, and others wait for them.
+            while not notebook.poll(pause_s):
+                MPI.COMM_WORLD.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG)
+                pause_s = min(1.1 * pause_s, 0.05)
+            notebook.send(call(notebook.recv_bytes()))
+
+
+if __name__ == "__main__":
+    main()

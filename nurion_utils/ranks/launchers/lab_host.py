@@ -22,10 +22,8 @@ from pathlib import Path
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 10.0
 TICK_S = 0.1
-TOOLS = {
-    **{"unshare": "util-linux", "nsenter": "util-linux", "mount": "mount", "ip": "iproute2", "tc": "iproute2"},
-    "mpiexec": "mpich",
-}
+TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "mount": "mount", "ip": "iproute2", "tc": "iproute2"}
+TOOLS["mpiexec"] = "mpich"
 INSTEAD = "recordings.load('network_lab') has measurements from where it works"
 
 SHM = "/dev/shm"  # private to the lab: MPI's shared memory, the socket and the ranks' last output
@@ -76,16 +74,13 @@ exec nsenter --net={SHM}/$host sh -c "$*"
 """
 
 
-class Refused(Exception):
-    """The lab cannot start; the message is one for the reader."""
-
-
 def start(ranks: int, rate_mbit: float, resources: contextlib.ExitStack) -> tuple[list[Connection], list[int], Path]:
     """Start a lab; returns connections to the ranks, their pids, and where the lab's /dev/shm can be read.
 
-    Closing `resources` ends it all. Raises `Refused`.
+    Closing `resources` ends it all. Raises `RankError`.
     """
     from nurion_utils.ranks.environment import own_environment, rank_environment
+    from nurion_utils.ranks.failures import RankError
 
     environment = {
         **own_environment(),
@@ -102,24 +97,20 @@ def start(ranks: int, rate_mbit: float, resources: contextlib.ExitStack) -> tupl
     }
     for tool, package in TOOLS.items():
         if shutil.which(tool, path=environment["PATH"]) is None:
-            raise Refused(f"the network lab needs the command {tool!r}: install {package} (on Linux); {INSTEAD}")
+            raise RankError(f"the network lab needs the command {tool!r}: install {package} (on Linux); {INSTEAD}")
     # An ordinary user may become root of a user namespace; root needs none, unless a container took its rights.
     as_user = ["--user", "--map-root-user"]
     refusals = []
     for user in [[], as_user] if os.geteuid() == 0 else [as_user]:
         try:
             return _start(user, ranks, rate_mbit, environment, resources)
-        except _NotPermitted as refusal:
+        except PermissionError as refusal:
             resources.close()
             refusals.append(str(refusal))
-    raise Refused(
+    raise RankError(
         f"this machine does not permit the network lab ({'; '.join(dict.fromkeys(refusals))}): it needs root's rights "
         f"or user namespaces (sysctl user.max_user_namespaces), which containers often refuse; {INSTEAD}"
     )
-
-
-class _NotPermitted(Exception):
-    pass
 
 
 def _start(
@@ -149,12 +140,14 @@ def _start(
     try:
         answer, descriptors, *_ = socket.recv_fds(notebook, 4096, 2)
     except TimeoutError:
-        raise Refused(f"the network lab was not built within {START_TIMEOUT_S:.0f} s") from None
+        from nurion_utils.ranks.failures import RankError
+
+        raise RankError(f"the network lab was not built within {START_TIMEOUT_S:.0f} s") from None
     for descriptor in descriptors:
         resources.callback(os.close, descriptor)
     if answer != b"built":
         words.seek(0)
-        raise _NotPermitted((answer or words.read()).decode(errors="replace").strip())
+        raise PermissionError((answer or words.read()).decode(errors="replace").strip())
     listener, directory = descriptors
     shm = Path(f"/proc/self/fd/{directory}")  # the lab's own, which has no other path here
     return *_meet(ranks, listener, process, shm, resources), shm
@@ -173,10 +166,10 @@ def _meet(
         waiting.settimeout(TICK_S)
         while len(found) < ranks:
             if ended := [name for name in names if (shm / f"{name}.status").exists()]:
-                raise Refused(f"the ranks of the lab did not start: {failures.ended(ended, shm)}")
+                raise failures.RankError(f"the ranks of the lab did not start: {failures.ended(ended, shm)}")
             if process.poll() is not None or time.monotonic() > deadline:
                 words = failures.last_output(["mpiexec", *names], shm)
-                raise Refused(f"the ranks of the lab did not start{words}")
+                raise failures.RankError(f"the ranks of the lab did not start{words}")
             with contextlib.suppress(TimeoutError):
                 rank_socket, _ = waiting.accept()
                 rank_socket.setblocking(True)
@@ -229,7 +222,7 @@ def main() -> None:
             [
                 *["mpiexec", "-launcher", "ssh", "-launcher-exec", launcher, "-localhost", "10.77.0.254"],
                 *["-hosts", ",".join(hosts), "-ppn", "1", "-n", str(ranks)],
-                *[sys.executable, "-P", str(Path(__file__).with_name("lab_rank.py"))],
+                *[sys.executable, "-P", "-m", "nurion_utils.ranks.launchers.lab"],
             ],
             stdin=subprocess.DEVNULL,
             stdout=log,

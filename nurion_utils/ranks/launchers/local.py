@@ -13,31 +13,21 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from nurion_utils.ranks import failures
 from nurion_utils.ranks.environment import own_environment
 from nurion_utils.ranks.failures import RankError
 
+START_TIMEOUT_S = 120.0
 HERE = Path(__file__).parents[1]
 
 
 class LocalRanks:
-    """Started ranks and their controller; all that they leave goes when `resources` are closed.
+    """Ranks on these `shares` of the cores, and their controller; all that they leave goes with `resources`.
 
-    Parameters
-    ----------
-    shares
-        The cores of each rank.
-    env
-        Environment variables for the ranks, on top of this process' own.
-    resources
-        Takes what must be closed.
-
-    Attributes
-    ----------
-    directory : Path
-        Where they write: ``profile/security`` for who connects, and a log, a status and a stack for each rank.
+    In `directory` they write what clients connect with, and a log, a status and a stack for each rank.
     """
 
     def __init__(self, shares: list[list[int]], env: dict[str, str], resources: contextlib.ExitStack) -> None:
@@ -46,6 +36,7 @@ class LocalRanks:
         self.names = [*(f"rank{rank}" for rank in range(self.n)), "controller"]  # of processes and their files
         self._processes: dict[str, int] = {}  # pidfds: unlike pids they are never another process'
         self._guardian: subprocess.Popen | None = None
+        self._deadline_s = time.monotonic() + START_TIMEOUT_S
         # An interrupt may come between any two lines: what must be undone is noted down before it is done.
         self.directory = Path(tempfile.gettempdir(), f"nurion-{secrets.token_hex(6)}")
         resources.callback(shutil.rmtree, self.directory, ignore_errors=True)
@@ -93,11 +84,15 @@ class LocalRanks:
         return self.directory / "profile" / "security" / "ipcontroller-client.json"
 
     def require_starting(self) -> None:
-        """RankError if waiting for the ranks has become useless."""
+        """Pause for a moment, or raise RankError when waiting for the ranks has become useless."""
         if self._guardian.poll() is not None:
             raise RankError(f"the ranks could not be started\n{self._guardian.stderr.read().decode()}")
         if ended := sorted(file.stem for file in self.directory.glob("rank*.status")):
             raise RankError(f"the ranks did not start: {failures.ended(ended, self.directory)}")
+        if time.monotonic() > self._deadline_s:
+            output = failures.last_output(self.names, self.directory)
+            raise RankError(f"the ranks did not start within {START_TIMEOUT_S:.0f} s{output}")
+        time.sleep(0.02)
 
     def hold(self) -> None:
         """Once all ranks have answered: hold on to their processes, to see them end and to signal them."""
