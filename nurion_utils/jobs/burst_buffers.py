@@ -24,8 +24,7 @@ class BurstBufferError(ValueError):
 def guard(path: str | os.PathLike[str]) -> None:
     """Refuse a path through which a change would reach an original: one in the IME of any site that is described.
 
-    The path is looked at as it is written, and with every symbolic link on its way followed. The whole mount is
-    guarded, other users' directories too.
+    As it is written, or after any symbolic link on its way; the whole mount counts, other users' directories too.
 
     Raises
     ------

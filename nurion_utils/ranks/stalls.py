@@ -1,10 +1,9 @@
 """Ranks that wait for ranks that have returned: the collective that not all of them call.
 
-It is every beginner's first mistake, and hangs for ever. But a rank that computes for minutes while the others have
-returned looks the same from outside. So the notebook asks the ranks that are still at work, and a thread of theirs
-answers: which function of MPI or Horovod the main thread is in, and whether it has been in that one call
-since it was asked before. A thread can answer because MPI and Horovod give up Python's lock while they wait. Nothing
-is asked, and nothing is slower, as long as all ranks are at work or all have returned.
+A rank that computes for minutes while the others have returned looks the same from outside. So the notebook asks the
+ranks that are still at work, and a thread of theirs answers: which function of MPI or Horovod the main thread is in,
+and whether it has been in that one call since it was asked before. It can, because both give up Python's lock while
+they wait. Nothing is asked, and nothing is slower, as long as all ranks are at work or all have returned.
 """
 
 from __future__ import annotations
@@ -73,8 +72,8 @@ def communication(frame: FrameType | None) -> str:
 def _called(frame: FrameType) -> Any:
     """The function that is called where the frame is, if it is a name or an attribute of one, as in ``a.b.c(...)``.
 
-    The instructions that load it begin, in the source, where the whole call begins; so they are found without the
-    source, which a rank lacks. They are looked up again: nothing is called.
+    The instructions that load it begin where the whole call begins, by their positions in the source, which a rank
+    lacks. They are looked up again: nothing is called.
     """
     instructions = [i for i in dis.get_instructions(frame.f_code) if i.offset <= frame.f_lasti]
     begin = instructions[-1].positions

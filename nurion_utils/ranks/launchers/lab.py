@@ -4,9 +4,8 @@
 >>> with lab.start(4, rate_mbit=100) as network:  # doctest: +SKIP
 ...     table = network.run(work)
 
-Ranks of one machine talk through its memory, where no algorithm saves much. Here each rank has a network of its own
-(Linux' network namespaces) and a cable to a switch, whose rate is limited in both directions, so that what the
-algorithms differ in can be seen: bytes on the wire. It needs no rights where the kernel allows user namespaces.
+Each rank has a network of its own (Linux' network namespaces) and a cable to a switch, whose rate is limited both ways.
+So one sees what algorithms differ in: bytes on the wire. It needs no rights where the kernel allows user namespaces.
 """
 
 from __future__ import annotations

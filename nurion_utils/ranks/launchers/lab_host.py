@@ -1,9 +1,9 @@
 """How a network lab starts: its first process, which builds the hosts and the links, and the notebook's part in it.
 
-`start` runs this file as process 1 of new pid, network, mount and ipc namespaces (``python -I -S``, the standard
-library alone). When process 1 ends, Linux kills every process of its pid namespace, and with them go the interfaces,
-the private /dev/shm and all that was in it. So the one thing it must do well is to end: when its standard input, a
-socket that the notebook holds open, is closed; when the notebook has died, by SIGKILL too; and when MPI has.
+`start` runs this file as process 1 of new namespaces (``python -I -S``, the standard library alone). When it ends,
+Linux kills every process of its pid namespace, and with them go the interfaces and the private /dev/shm. So it must
+end when its standard input, a socket that the notebook holds open, is closed, when the notebook has died, and when
+MPI has.
 """
 
 import contextlib
