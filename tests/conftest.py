@@ -37,14 +37,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name in getattr(item, "fixturenames", []):
             if marker := "ranks" if name.startswith("world") else NEEDS.get(name):
                 item.add_marker(marker)
-        if not alone(item):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-    items.sort(key=alone, reverse=True)  # the longest first, or one would still run when all others have ended
-
-
-def alone(item: pytest.Item) -> bool:
-    """Whether the test executes one of the course's notebooks: it shares nothing with others of its module."""
-    return item.path.parent.name == "notebooks" and item.get_closest_marker("notebook") is not None
+        item.add_marker(pytest.mark.xdist_group(item.path.name))
+    # The longest file first, or it would still run when all others have ended; beside it those that wait the most.
+    early = ["notebooks", "ranks"]
+    items.sort(key=lambda item: early.index(folder) if (folder := item.path.parent.name) in early else len(early))
 
 
 _started: list[str] = []  # launchers of ranks, since the test that runs now began
