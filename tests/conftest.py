@@ -29,6 +29,7 @@ hypothesis.settings.load_profile("busy")
 NEEDS = {"permitted": "lab", "notebook": "ranks", "resumed": "install", "ran": "notebook"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin that shares the tests out asks for their groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Functions of a test module travel to the ranks by value: the ranks cannot import the module."""
     for module in {item.module for item in items if isinstance(item, pytest.Function)}:
