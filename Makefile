@@ -8,7 +8,7 @@ unexport PYTHONPATH PYTHONHOME
 unexport PYTHONDONTWRITEBYTECODE
 
 # Tests wait a lot: two processes of them, each with ranks of its own; the tests of a file share a process.
-TWO := --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
+TWO := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run lint check test lab site notebooks figures bench lock clean

@@ -29,7 +29,6 @@ hypothesis.settings.load_profile("busy")
 NEEDS = {"permitted": "lab", "notebook": "ranks", "resumed": "install", "ran": "notebook"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin that shares the tests out asks for their groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Functions of a test module travel to the ranks by value: the ranks cannot import the module."""
     for module in {item.module for item in items if isinstance(item, pytest.Function)}:
@@ -38,7 +37,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name in getattr(item, "fixturenames", []):
             if marker := "ranks" if name.startswith("world") else NEEDS.get(name):
                 item.add_marker(marker)
-        item.add_marker(pytest.mark.xdist_group(item.path.name))
     # The longest file first, or it would still run when all others have ended; beside it those that wait the most.
     early = ["notebooks", "ranks"]
     items.sort(key=lambda item: early.index(folder) if (folder := item.path.parent.name) in early else len(early))
