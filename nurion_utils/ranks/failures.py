@@ -24,6 +24,7 @@ MACHINERY = re.compile(
     r"|^I\d{4} "
 )
 LAST_LINES = 12
+PATIENCE_S = 5.0
 # What Horovod's stall check logs: which ranks have not submitted what others wait for; the last line, and the marks
 # of the ranks that it is about, only when it gives up.
 MISSING = re.compile(r"Missing ranks:\n((?:\d+!?: \[.*\]\n)+)")
@@ -200,7 +201,7 @@ def last_output(names: list[str], directory: Path) -> str:
 def where(ranks: list[int], directory: Path) -> str:
     """Where ranks were, after they were told to write it down."""
     files = {rank: directory / f"rank{rank}.stack" for rank in ranks}
-    _wait_for_text(files.values())
+    _wait_for_text(files.values(), end=r"(in <module>|\.\.\.)\n")  # the outermost frame, or the last that is written
     text = ""
     for rank, file in files.items():
         stack = _read(file).splitlines()[1:]
@@ -236,9 +237,8 @@ def _read(file: Path) -> str:
         return ""
 
 
-def _wait_for_text(files: Iterable[Path]) -> None:
-    """Give others a moment to write."""
-    deadline = time.monotonic() + 1
-    while time.monotonic() < deadline and not all(_read(file) for file in files):
+def _wait_for_text(files: Iterable[Path], end: str = ".") -> None:
+    """Until all files hold a text with this end; on busy cores that may take seconds."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline and not all(re.search(rf"{end}\Z", _read(file)) for file in files):
         time.sleep(0.01)
-    time.sleep(0.05)  # for the rest of the text

@@ -266,7 +266,10 @@ if os.fork() == 0:
 
 def address(server: int) -> str:
     """Of the socket at which the process of an emulated file system listens."""
-    held = {os.readlink(file) for file in Path(f"/proc/{server}/fd").iterdir()}
+    held = set()
+    for file in Path(f"/proc/{server}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it opens and closes others meanwhile
+            held.add(os.readlink(file))
     sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines() if "@nurion-files-" in line]
     return next(path for *_, inode, path in sockets if f"socket:[{inode}]" in held)
 
