@@ -186,7 +186,7 @@ def test_an_interrupt_at_any_moment_of_a_start_on_busy_cores_is_raised_and_leave
         script = run_script(traces, code + "print('started', flush=True)")
         assert READY in script.stdout.readline()
         began = time.monotonic()
-        assert script.stdout.readline() == "started\n"
+        assert script.stdout.readline() == "started\n", script.communicate()[1]
         whole_s = time.monotonic() - began
         assert script.communicate(timeout=PATIENCE_S)[1] == ""
         for _ in range(kills):
