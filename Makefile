@@ -7,7 +7,7 @@ unexport PYTHONPATH PYTHONHOME
 # Importing TensorFlow takes three times as long where no bytecode may be kept, and each rank imports it.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Tests wait a lot: two processes of them, each with ranks of its own; the tests of a file share a process.
+# Two processes; the tests of a file share one. Not for tests of leaks: each would find what the other leaves.
 TWO := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
@@ -39,7 +39,7 @@ check: lint
 	@.venv/bin/python -m pytest --quiet $(TWO) -m "not (ranks or lab or tensorflow or notebook or install or slow)"
 
 test: lint
-	@.venv/bin/python -m pytest --durations=25 $(TWO) $(ONLY)
+	@.venv/bin/python -m pytest --durations=25 $(ONLY)
 
 lab: setup
 	@# Jupyter refuses root unless told otherwise. It listens on this machine only and asks for a token, so root may.
