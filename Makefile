@@ -7,9 +7,6 @@ unexport PYTHONPATH PYTHONHOME
 # Importing TensorFlow takes three times as long where no bytecode may be kept, and each rank imports it.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Two processes; the tests of a file share one. Not for tests of leaks: each would find what the other leaves.
-TWO := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
-
 .DEFAULT_GOAL := help
 .PHONY: help setup run lint check test lab site notebooks figures bench lock clean
 
@@ -36,7 +33,7 @@ lint: setup
 	@.venv/bin/ruff format --check --quiet
 
 check: lint
-	@.venv/bin/python -m pytest --quiet $(TWO) -m "not (ranks or lab or tensorflow or notebook or install or slow)"
+	@.venv/bin/python -m pytest --quiet --numprocesses=2 --dist=loadfile -m "not (ranks or lab or tensorflow or notebook or install or slow)"
 
 test: lint
 	@.venv/bin/python -m pytest --durations=25 $(ONLY)
