@@ -273,19 +273,15 @@ def _advise(descriptor: int, length: int, advice: int) -> None:
 
 
 @contextlib.contextmanager
-def lock(destination: str, *kinds: int) -> Iterator[None]:
+def lock(destination: str, first: bool = True) -> Iterator[None]:
     """Keep a second staging, or a purge, from beginning before all who write to a destination have ended."""
     with open(os.path.join(destination, RECORDS, "lock"), "a") as file:
         try:
-            for kind in kinds or (fcntl.LOCK_EX, fcntl.LOCK_SH):  # alone at first, then the other copiers hold it too
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            if first:  # alone, and then every other copier holds it too
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StageError(f"another staging to {destination!r} is at work; wait for it to end") from None
         except OSError:
             pass  # some file systems know no locks
         yield
-
-
-def shared_lock(destination: str) -> contextlib.AbstractContextManager[None]:
-    """What every copier besides the first holds."""
-    return lock(destination, fcntl.LOCK_SH)

@@ -16,15 +16,7 @@ import xxhash
 
 from nurion_utils.ranks import meter
 from nurion_utils.staging import session
-from nurion_utils.staging.copying import (
-    Changed,
-    Writer,
-    copy_share,
-    opened,
-    require_unchanged,
-    shared_lock,
-    verify_share,
-)
+from nurion_utils.staging.copying import Changed, Writer, copy_share, lock, opened, require_unchanged, verify_share
 from nurion_utils.staging.plans import StageError, StagePlan, refused
 from nurion_utils.staging.preflight import prepare
 
@@ -55,9 +47,8 @@ def stage_on_ranks(ranks: Any, source: str, destination: str, replicate: bool, v
 def _lost(error: str, source: str, destination: str, copies: int) -> StageError:
     """What to say of ranks that were lost: the files that are missing now."""
     failures = {}
-    for rank in range(copies or 1):
-        place = destination.replace("{rank}", str(rank)) if copies else destination
-        for file in prepare(source, place, 1, False).plan.files:
+    for place in [destination.replace("{rank}", str(rank)) for rank in range(copies)] or [destination]:
+        for file in prepare(source, place, 1, False).files:
             failures[f"{place}: {file.path}" if copies > 1 else file.path] = "not staged when the ranks were lost"
     first = next(iter(failures), "none")
     return StageError(
@@ -82,13 +73,13 @@ def _on_rank(comm: Any, source: str, destination: str, replicate: bool, verify: 
     try:
         if replicate:
             destination = destination.replace("{rank}", str(comm.rank))
-        job = together(lambda: prepare(source, destination, comm.size, replicate) if leads else None)
+        plan = together(lambda: prepare(source, destination, comm.size, replicate) if leads else None)
         if not replicate:
-            job = comm.bcast(job)
-        plan, mended_files = job.plan, 0
+            plan = comm.bcast(plan)
+        mended_files = 0
         with contextlib.ExitStack() as stack:
-            together(stack.enter_context, session.begin(job) if leads else contextlib.nullcontext())
-            together(stack.enter_context, shared_lock(plan.destination))
+            together(stack.enter_context, session.begin(plan) if leads else contextlib.nullcontext())
+            together(stack.enter_context, lock(plan.destination, first=False))
             if replicate:
                 failures = _pass_on(comm, plan)
             else:

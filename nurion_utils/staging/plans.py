@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
+
+from nurion_utils._checks import whole_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,13 +26,7 @@ FILE_COST_BYTES = 64 * 1024
 
 
 class StageError(Exception):
-    """Staging refused before anything began, or files that could not be staged; the message names them.
-
-    Attributes
-    ----------
-    failures : dict of str to str
-        Why, for each file that is not at the destination; empty when nothing was begun.
-    """
+    """Refused before anything began, or files that could not be staged: for each, `failures` says by its path why."""
 
     def __init__(self, message: str, failures: Mapping[str, str] | None = None):
         super().__init__(message)
@@ -125,51 +122,26 @@ def is_within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def deal(files: Sequence[File], ranks: int) -> list[int]:
-    """The rank that reads each file: neighbours in the tree stay together, shares are equal in bytes.
-
-    A file belongs to the rank in whose part of the whole its middle lies, so that a share differs from the mean by
-    less than its largest file.
-    """
-    total = sum(file.size + FILE_COST_BYTES for file in files)
-    begin, readers = 0, []
-    for file in files:
-        cost = file.size + FILE_COST_BYTES
-        readers.append((2 * begin + cost) * ranks // (2 * total))
-        begin += cost
-    return readers
-
-
 @dataclass(frozen=True)
 class StagePlan:
     """Which rank reads which file, and whether it passes it on.
 
-    Attributes
-    ----------
-    source, destination : str
-        Folders; a destination of a plan that replicates holds ``{rank}`` where the ranks share one file system.
-    files : tuple of File
-        Those to be copied.
-    ranks : int
-    replicate : bool
-        Whether every rank has a destination of its own and needs all files.  Then each is read once, and goes round
-        the ring of the ranks: rank r hands what it has read, or was handed by r - 1, to r + 1.
-    staged : tuple of File
-        Those that are at the destination already.
+    With `replicate` every rank has a destination of its own and needs all files.  Then each is read once, and goes
+    round the ring of the ranks: rank r hands what it has read, or was handed by r - 1, to r + 1.
     """
 
     source: str
-    destination: str
-    files: tuple[File, ...]
+    destination: str  # with ``{rank}`` in it where ranks with destinations of their own share one file system
+    files: tuple[File, ...]  # to be copied
     ranks: int
     replicate: bool = False
-    staged: tuple[File, ...] = ()
+    staged: tuple[File, ...] = ()  # at the destination already
     directories: Mapping[str, int] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
+    leftovers: tuple[str, ...] = ()  # temporary files that killed runs left at the destination
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ranks, int) or self.ranks < 1:
-            raise ValueError(f"a plan needs a whole number of ranks from 1 up, not {self.ranks!r}")
+        whole_number(self.ranks, "ranks")
 
     @classmethod
     def of_sizes(cls, sizes_bytes: Iterable[int], ranks: int, replicate: bool = False) -> StagePlan:
@@ -179,8 +151,14 @@ class StagePlan:
 
     @functools.cached_property
     def reader(self) -> tuple[int, ...]:
-        """The rank that reads each of `files`."""
-        return tuple(deal(self.files, self.ranks))
+        """The rank that reads each of `files`: neighbours in the tree stay together, shares are equal in bytes.
+
+        A file belongs to the rank in whose part of the whole its middle lies, so that a share differs from the mean by
+        less than its largest file.
+        """
+        costs = [file.size + FILE_COST_BYTES for file in self.files]
+        ends = itertools.accumulate(costs)
+        return tuple((2 * end - cost) * self.ranks // (2 * sum(costs)) for end, cost in zip(ends, costs, strict=True))
 
     @property
     def bytes(self) -> int:
@@ -215,12 +193,7 @@ class StagePlan:
     ) -> float:
         """Seconds, if the slowest of reading, passing on and writing hides the others.
 
-        Parameters
-        ----------
-        source_gb_per_s
-            What the source delivers to all ranks together, in GB/s.
-        link_gb_per_s, destination_gb_per_s_per_rank
-            What one rank can send and write, in GB/s.
+        The source delivers `source_gb_per_s` to all ranks together; the others are what one rank can send and write.
         """
         table = self.table()
         return max(

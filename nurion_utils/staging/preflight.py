@@ -6,33 +6,15 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from nurion_utils.jobs.burst_buffers import guard
-from nurion_utils.staging.plans import (
-    RECORDS,
-    TEMPORARY,
-    File,
-    StageError,
-    StagePlan,
-    Tree,
-    bytes_text,
-    is_within,
-    refused,
-    scan,
-)
+from nurion_utils.staging import plans
+from nurion_utils.staging.plans import RECORDS, File, StageError, StagePlan, bytes_text, is_within, refused, scan
 from nurion_utils.staging.records import Record, is_copy, is_of, read_records, record_of_link
 
 
-@dataclass
-class Job:
-    """A plan, and the temporary files that killed runs left at its destination."""
-
-    plan: StagePlan
-    leftovers: list[str]
-
-
-def prepare(source: str, destination: str, ranks: int, replicate: bool) -> Job:
+def prepare(source: str, destination: str, ranks: int, replicate: bool) -> StagePlan:
     """All that can be known before anything is touched; raises `StageError` where that is enough to refuse."""
     require_safe(destination)
     if not source or not destination:
@@ -48,29 +30,28 @@ def prepare(source: str, destination: str, ranks: int, replicate: bool) -> Job:
     with refused("looked at"):
         existing, leftovers = look(destination, tree.directories)
         records = read_records(destination) if existing else {}
-        _require_ours(destination, tree, existing, records)
+        others = {"directories": tree.directories, "links": tree.links, "leftovers": tuple(leftovers)}
+        plan = StagePlan(source, destination, tuple(tree.files), ranks, replicate, **others)
+        _require_ours(plan, existing, records)
         todo, staged = [], []
-        for file in tree.files:
+        for file in plan.files:
             (staged if is_staged(file, existing, records) else todo).append(file)
-        _require_room(destination, todo, len(tree.directories) + len(tree.links))
-    plan = StagePlan(source, destination, tuple(todo), ranks, replicate, tuple(staged), tree.directories, tree.links)
-    return Job(plan, leftovers)
+        _require_room(destination, todo, len(plan.directories) + len(plan.links))
+    return replace(plan, files=tuple(todo), staged=tuple(staged))
 
 
-def _require_ours(
-    destination: str, tree: Tree, existing: dict[str, os.stat_result], records: dict[str, list[Record]]
-) -> None:
+def _require_ours(plan: StagePlan, existing: dict[str, os.stat_result], records: dict[str, list[Record]]) -> None:
     """Refuse to replace anything that was not staged from here, or is of another kind than in the source."""
-    kinds = dict.fromkeys(tree.directories, ("folder", stat.S_ISDIR))
-    kinds |= dict.fromkeys(tree.links, ("link", stat.S_ISLNK))
-    kinds |= dict.fromkeys((file.path for file in tree.files), ("file", stat.S_ISREG))
+    kinds = dict.fromkeys(plan.directories, ("folder", stat.S_ISDIR))
+    kinds |= dict.fromkeys(plan.links, ("link", stat.S_ISLNK))
+    kinds |= dict.fromkeys((file.path for file in plan.files), ("file", stat.S_ISREG))
     for path, found in existing.items():
         if path not in kinds:
             continue
-        (kind, is_kind), full = kinds[path], os.path.join(destination, path)
+        (kind, is_kind), full = kinds[path], os.path.join(plan.destination, path)
         if not is_kind(found.st_mode):
             raise StageError(f"at the destination {path!r} is not a {kind}, but in the source it is; move it away")
-        same = kind == "folder" or (kind == "link" and os.readlink(full) == tree.links[path])
+        same = kind == "folder" or (kind == "link" and os.readlink(full) == plan.links[path])
         if not same and not is_ours(full, found, records.get(path, [])):
             what = "was changed after it had been staged" if path in records else "was not staged from here"
             raise StageError(f"at the destination the {kind} {path!r} {what}; move it away, or stage to another folder")
@@ -106,7 +87,7 @@ def look(destination: str, folders: Iterable[str]) -> tuple[dict[str, os.stat_re
             continue
         for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
-            if TEMPORARY.fullmatch(entry.name):
+            if plans.TEMPORARY.fullmatch(entry.name):
                 leftovers.append(path)
             elif path != RECORDS:
                 with contextlib.suppress(FileNotFoundError):  # it has gone since it was seen

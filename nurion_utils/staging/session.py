@@ -12,34 +12,20 @@ from dataclasses import dataclass
 from nurion_utils.staging import records
 from nurion_utils.staging.copying import lock
 from nurion_utils.staging.plans import RECORDS, File, StageError, StagePlan, bytes_text, count, refused
-from nurion_utils.staging.preflight import Job
 from nurion_utils.staging.records import is_of, read_records
 
 
 @dataclass(frozen=True)
 class Report:
-    """What staging did.
+    """What staging did."""
 
-    Attributes
-    ----------
-    files, bytes : int
-        At the destination now, with those that were there already.
-    copied_files, copied_bytes : int
-    time_s : float
-        From the first look at the source to the manifest.
-    verified : bool
-        Whether everything was read again.
-    mended_files : int
-        Those that had been damaged then, and were copied anew.
-    """
-
-    files: int
+    files: int  # at the destination now, with those that were there already
     bytes: int
     copied_files: int
     copied_bytes: int
-    time_s: float
-    verified: bool
-    mended_files: int = 0
+    time_s: float  # from the first look at the source to the manifest
+    verified: bool  # whether everything was read again
+    mended_files: int = 0  # those that had been damaged then, and were copied anew
 
     def __str__(self) -> str:
         there = self.files - self.copied_files
@@ -60,18 +46,18 @@ def report(plan: StagePlan, began: float, verified: bool, mended_files: int) -> 
 
 
 @contextlib.contextmanager
-def begin(job: Job) -> Iterator[None]:
+def begin(plan: StagePlan) -> Iterator[None]:
     """Make the folders, and keep others from staging to them."""
-    destination = job.plan.destination
+    destination = plan.destination
     with refused("made"):
-        for folder in sorted(job.plan.directories):  # "" first, then each before what is in it
+        for folder in sorted(plan.directories):  # "" first, then each before what is in it
             path = os.path.join(destination, folder)
             os.makedirs(path, exist_ok=True)
             if not os.access(path, os.W_OK | os.X_OK):  # a read-only folder, from an earlier run
                 os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | 0o700)
         os.makedirs(os.path.join(destination, RECORDS), exist_ok=True)
     with lock(destination):
-        for leftover in job.leftovers:
+        for leftover in plan.leftovers:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(destination, leftover))
         yield

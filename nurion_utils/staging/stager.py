@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from nurion_utils.staging import copying
@@ -19,6 +19,8 @@ from nurion_utils.staging.preflight import is_ours, is_staged, look, prepare, re
 from nurion_utils.staging.records import FOLDER, read_records
 from nurion_utils.staging.session import Report, begin, finish, on_record, report
 
+Tell = Callable[[int], None]  # what is called with numbers of bytes that are done
+Share = Callable[[str, str, list, Tell], dict[str, str]]  # `copying.copy_share` or `copying.verify_share`
 # Below this much work, starting processes takes longer than they save.
 SMALL_FILES, SMALL_BYTES = 500, 32 << 20
 
@@ -26,14 +28,8 @@ SMALL_FILES, SMALL_BYTES = 500, 32 << 20
 def plan(
     source: str | os.PathLike, destination: str | os.PathLike, ranks: int = 1, replicate: bool = False
 ) -> StagePlan:
-    """What `stage` would do, after all its checks; touches nothing.
-
-    Raises
-    ------
-    StageError
-        As `stage` does before it begins.
-    """
-    return prepare(os.fspath(source), os.fspath(destination), ranks, replicate).plan
+    """What `stage` would do, after all its checks, which raise the same `StageError`; touches nothing."""
+    return prepare(os.fspath(source), os.fspath(destination), ranks, replicate)
 
 
 def stage(
@@ -88,12 +84,8 @@ def stage(
 def purge(destination: str | os.PathLike) -> int:
     """Remove what `stage` put into `destination`, and nothing else; returns the number of files and links removed.
 
-    Files that were changed after they had been staged, and others' files, stay.
-
-    Raises
-    ------
-    StageError
-        Nothing was staged there, or it lies where removing a file would delete the original.
+    Files that were changed after they had been staged, and others' files, stay. `StageError` if nothing was staged
+    there, or it lies where removing a file would delete the original.
     """
     # The path as it was given: what lies behind a link may no longer look like a burst buffer.
     require_safe(os.fspath(destination))
@@ -146,42 +138,36 @@ def _purge(destination: str) -> int:
 
 def _stage_here(source: str, destination: str, workers: int | None, verify: bool) -> Report:
     began = time.perf_counter()
-    job = prepare(source, destination, 1, False)
+    plan = prepare(source, destination, 1, False)
     damaged: dict[str, str] = {}
     if workers is None:
-        work = job.plan.files + (job.plan.staged if verify else ())
+        work = plan.files + (plan.staged if verify else ())
         little = len(work) < SMALL_FILES and sum(file.size for file in work) < SMALL_BYTES
         workers = 0 if little else len(os.sched_getaffinity(0))
-    plan = dataclasses.replace(job.plan, ranks=max(workers, 1))
-    carry_out = _in_processes if workers else _in_turn
-    with refused("staged"), begin(job):
+    plan = dataclasses.replace(plan, ranks=max(workers, 1))
+    with refused("staged"), begin(plan):
         shares = [[plan.files[i] for i in plan.share(worker)] for worker in range(plan.ranks)]
-        failures = carry_out("copy_share", plan, shares, plan.bytes, "staging")
+        with _progress(plan.bytes, "staging") as tell:
+            failures = _carry_out(copying.copy_share, plan, shares, workers, tell)
         if verify:
             known = on_record(plan)
             shares = [known[worker :: plan.ranks] for worker in range(plan.ranks)]
-            damaged = carry_out("verify_share", plan, shares, sum(file.size for file, _ in known), "verifying")
+            with _progress(sum(file.size for file, _ in known), "verifying") as tell:
+                damaged = _carry_out(copying.verify_share, plan, shares, workers, tell)
         finish(plan, {path: why for path, why in (failures | damaged).items() if why})
     return report(plan, began, verify, len(damaged))
 
 
-def _in_turn(function: str, plan: StagePlan, shares: Sequence[list], size_bytes: int, title: str) -> dict[str, str]:
-    """Call a function of `copying` with the only share there is."""
-    with _progress(size_bytes, title) as tell:
-        return getattr(copying, function)(plan.source, plan.destination, shares[0], tell)
-
-
-def _in_processes(
-    function: str, plan: StagePlan, shares: Sequence[list], size_bytes: int, title: str
-) -> dict[str, str]:
-    """Call a function of `copying` with each share, in processes that end with this one."""
+def _carry_out(function: Share, plan: StagePlan, shares: list[list], workers: int, tell: Tell) -> dict[str, str]:
+    """Call a function of `copying` with each share, in processes that end with this one; without workers here."""
     import selectors
 
+    if not workers:
+        return function(plan.source, plan.destination, shares[0], tell)
     command = [sys.executable, "-P", "-m", "nurion_utils.staging.worker", str(os.getpid())]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     failures: dict[str, str] = {}
     with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
-        tell = stack.enter_context(_progress(size_bytes, title))
         for share in shares:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             process = stack.enter_context(subprocess.Popen(command, env=environment, **pipes))
@@ -205,10 +191,10 @@ def _in_processes(
     return failures
 
 
-def _lost(status: int, plan: StagePlan, function: str, share: list) -> dict[str, str]:
+def _lost(status: int, plan: StagePlan, function: Share, share: list) -> dict[str, str]:
     """The files that a process which has died did not copy, or did not verify."""
     how = f"signal {-status}" if status < 0 else f"exit status {status}"
-    if function == "verify_share":
+    if function is copying.verify_share:
         return {file.path: f"not read again: the process that did it has died ({how})" for file, _ in share}
     existing, records = look(plan.destination, plan.directories)[0], read_records(plan.destination)
     missing = [file.path for file in share if not is_staged(file, existing, records)]
@@ -216,7 +202,7 @@ def _lost(status: int, plan: StagePlan, function: str, share: list) -> dict[str,
 
 
 @contextlib.contextmanager
-def _progress(total: int, title: str) -> Iterator[Callable[[int], None]]:
+def _progress(total: int, title: str) -> Iterator[Tell]:
     """A bar with bytes, rate and time left where somebody watches."""
     from nurion_utils.ranks import somebody_watches
 

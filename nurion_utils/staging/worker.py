@@ -1,7 +1,7 @@
 """One of the processes that `stage` copies with when it is given no ranks.
 
-Pickled on its standard input it takes the name of a function of `copying`, and the arguments; on its standard output
-it writes pickled numbers of bytes that are done, and at last what the function returns.
+Pickled on its standard input it takes a function of `copying`, and the arguments; on its standard output it writes
+pickled numbers of bytes that are done, and at last what the function returns.
 """
 
 import os
@@ -11,7 +11,7 @@ import sys
 import time
 
 from nurion_utils.ranks.engine import end_with_parent
-from nurion_utils.staging import copying
+from nurion_utils.staging.copying import lock
 
 
 def main() -> None:
@@ -31,8 +31,8 @@ def main() -> None:
             sys.stdout.buffer.flush()
             done, told_at = 0, time.monotonic()
 
-    with copying.shared_lock(destination):
-        failures = getattr(copying, function)(source, destination, share, tell)
+    with lock(destination, first=False):
+        failures = function(source, destination, share, tell)
     pickle.dump(done, sys.stdout.buffer)
     pickle.dump(failures, sys.stdout.buffer)
 

@@ -134,7 +134,7 @@ def test_a_copier_whose_run_ended_before_it_had_begun_copies_nothing(tmp_path):
     (tmp_path / "source/file").write_bytes(b"data")
     (tmp_path / "copy" / RECORDS).mkdir(parents=True)
     share = (str(tmp_path / "source"), str(tmp_path / "copy"), scan(str(tmp_path / "source")).files)
-    job = pickle.dumps(("copy_share", share))
+    job = pickle.dumps((copying.copy_share, share))
     command = [sys.executable, "-P", "-m", "nurion_utils.staging.worker"]
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -147,7 +147,7 @@ def test_two_runs_to_one_destination_do_not_mix(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source/file").write_bytes(b"data")
     (tmp_path / "copy" / RECORDS).mkdir(parents=True)
-    with copying.shared_lock(str(tmp_path / "copy")):  # as a copier of a run that is at work holds it
+    with copying.lock(str(tmp_path / "copy"), first=False):  # as a copier of a run that is at work holds it
         with pytest.raises(staging.StageError, match="another staging.*is at work"):
             staging.stage(tmp_path / "source", tmp_path / "copy")
     assert staging.stage(tmp_path / "source", tmp_path / "copy").copied_files == 1

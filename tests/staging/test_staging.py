@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nurion_utils import staging
-from nurion_utils.staging.plans import RECORDS, File, deal
+from nurion_utils.staging.plans import RECORDS
 
 ODD_NAMES = [
     "with spaces",
@@ -190,10 +190,9 @@ def test_a_copy_that_somebody_changed_is_not_overwritten(source, tmp_path):
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 10**9), max_size=200), st.integers(1, 50))
 def test_every_file_has_one_reader_and_shares_differ_from_the_mean_by_less_than_the_largest_file(sizes, ranks):
-    files = [File(str(i), size, 0, 0) for i, size in enumerate(sizes)]
     costs = [size + staging.plans.FILE_COST_BYTES for size in sizes]
-    readers = deal(files, ranks)
-    assert len(readers) == len(files) and readers == sorted(readers)
+    readers = list(staging.StagePlan.of_sizes(sizes, ranks).reader)
+    assert len(readers) == len(sizes) and readers == sorted(readers)
     shares = [sum(cost for cost, reader in zip(costs, readers, strict=True) if reader == rank) for rank in range(ranks)]
     assert sum(shares) == sum(costs)
     for share in shares:
