@@ -48,7 +48,7 @@ def _lost(error: str, source: str, destination: str, copies: int) -> StageError:
     """What to say of ranks that were lost: the files that are missing now."""
     failures = {}
     for place in [destination.replace("{rank}", str(rank)) for rank in range(copies)] or [destination]:
-        for file in prepare(source, place, 1, False).files:
+        for file in prepare(source, place, 1, False).plan.files:
             failures[f"{place}: {file.path}" if copies > 1 else file.path] = "not staged when the ranks were lost"
     first = next(iter(failures), "none")
     return StageError(
@@ -73,12 +73,12 @@ def _on_rank(comm: Any, source: str, destination: str, replicate: bool, verify: 
     try:
         if replicate:
             destination = destination.replace("{rank}", str(comm.rank))
-        plan = together(lambda: prepare(source, destination, comm.size, replicate) if leads else None)
+        job = together(lambda: prepare(source, destination, comm.size, replicate) if leads else None)
         if not replicate:
-            plan = comm.bcast(plan)
-        mended_files = 0
+            job = comm.bcast(job)
+        plan, mended_files = job.plan, 0
         with contextlib.ExitStack() as stack:
-            together(stack.enter_context, session.begin(plan) if leads else contextlib.nullcontext())
+            together(stack.enter_context, session.begin(job) if leads else contextlib.nullcontext())
             together(stack.enter_context, lock(plan.destination, first=False))
             if replicate:
                 failures = _pass_on(comm, plan)

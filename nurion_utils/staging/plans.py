@@ -138,7 +138,6 @@ class StagePlan:
     staged: tuple[File, ...] = ()  # at the destination already
     directories: Mapping[str, int] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
-    leftovers: tuple[str, ...] = ()  # temporary files that killed runs left at the destination
 
     def __post_init__(self) -> None:
         whole_number(self.ranks, "ranks")

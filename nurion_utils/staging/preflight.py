@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from nurion_utils.jobs.burst_buffers import guard
 from nurion_utils.staging import plans
@@ -14,7 +15,14 @@ from nurion_utils.staging.plans import RECORDS, File, StageError, StagePlan, byt
 from nurion_utils.staging.records import Record, is_copy, is_of, read_records, record_of_link
 
 
-def prepare(source: str, destination: str, ranks: int, replicate: bool) -> StagePlan:
+class Job(NamedTuple):
+    """A plan, and the temporary files that killed runs left at its destination."""
+
+    plan: StagePlan
+    leftovers: list[str]
+
+
+def prepare(source: str, destination: str, ranks: int, replicate: bool) -> Job:
     """All that can be known before anything is touched; raises `StageError` where that is enough to refuse."""
     require_safe(destination)
     if not source or not destination:
@@ -30,14 +38,13 @@ def prepare(source: str, destination: str, ranks: int, replicate: bool) -> Stage
     with refused("looked at"):
         existing, leftovers = look(destination, tree.directories)
         records = read_records(destination) if existing else {}
-        others = {"directories": tree.directories, "links": tree.links, "leftovers": tuple(leftovers)}
-        plan = StagePlan(source, destination, tuple(tree.files), ranks, replicate, **others)
+        plan = StagePlan(source, destination, tuple(tree.files), ranks, replicate, (), tree.directories, tree.links)
         _require_ours(plan, existing, records)
         todo, staged = [], []
         for file in plan.files:
             (staged if is_staged(file, existing, records) else todo).append(file)
         _require_room(destination, todo, len(plan.directories) + len(plan.links))
-    return replace(plan, files=tuple(todo), staged=tuple(staged))
+    return Job(replace(plan, files=tuple(todo), staged=tuple(staged)), leftovers)
 
 
 def _require_ours(plan: StagePlan, existing: dict[str, os.stat_result], records: dict[str, list[Record]]) -> None:

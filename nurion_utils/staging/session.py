@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from nurion_utils.staging import records
 from nurion_utils.staging.copying import lock
 from nurion_utils.staging.plans import RECORDS, File, StageError, StagePlan, bytes_text, count, refused
+from nurion_utils.staging.preflight import Job
 from nurion_utils.staging.records import is_of, read_records
 
 
@@ -46,18 +47,18 @@ def report(plan: StagePlan, began: float, verified: bool, mended_files: int) -> 
 
 
 @contextlib.contextmanager
-def begin(plan: StagePlan) -> Iterator[None]:
+def begin(job: Job) -> Iterator[None]:
     """Make the folders, and keep others from staging to them."""
-    destination = plan.destination
+    destination = job.plan.destination
     with refused("made"):
-        for folder in sorted(plan.directories):  # "" first, then each before what is in it
+        for folder in sorted(job.plan.directories):  # "" first, then each before what is in it
             path = os.path.join(destination, folder)
             os.makedirs(path, exist_ok=True)
             if not os.access(path, os.W_OK | os.X_OK):  # a read-only folder, from an earlier run
                 os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | 0o700)
         os.makedirs(os.path.join(destination, RECORDS), exist_ok=True)
     with lock(destination):
-        for leftover in plan.leftovers:
+        for leftover in job.leftovers:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(destination, leftover))
         yield

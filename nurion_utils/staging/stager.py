@@ -29,7 +29,7 @@ def plan(
     source: str | os.PathLike, destination: str | os.PathLike, ranks: int = 1, replicate: bool = False
 ) -> StagePlan:
     """What `stage` would do, after all its checks, which raise the same `StageError`; touches nothing."""
-    return prepare(os.fspath(source), os.fspath(destination), ranks, replicate)
+    return prepare(os.fspath(source), os.fspath(destination), ranks, replicate).plan
 
 
 def stage(
@@ -138,14 +138,14 @@ def _purge(destination: str) -> int:
 
 def _stage_here(source: str, destination: str, workers: int | None, verify: bool) -> Report:
     began = time.perf_counter()
-    plan = prepare(source, destination, 1, False)
+    job = prepare(source, destination, 1, False)
     damaged: dict[str, str] = {}
     if workers is None:
-        work = plan.files + (plan.staged if verify else ())
+        work = job.plan.files + (job.plan.staged if verify else ())
         little = len(work) < SMALL_FILES and sum(file.size for file in work) < SMALL_BYTES
         workers = 0 if little else len(os.sched_getaffinity(0))
-    plan = dataclasses.replace(plan, ranks=max(workers, 1))
-    with refused("staged"), begin(plan):
+    plan = dataclasses.replace(job.plan, ranks=max(workers, 1))
+    with refused("staged"), begin(job):
         shares = [[plan.files[i] for i in plan.share(worker)] for worker in range(plan.ranks)]
         with _progress(plan.bytes, "staging") as tell:
             failures = _carry_out(copying.copy_share, plan, shares, workers, tell)

@@ -301,9 +301,9 @@ import os, sys
 from nurion_utils import staging
 from nurion_utils.staging import session, stager
 begin = stager.begin
-def cut(plan):
-    os.truncate(os.path.join(plan.source, "new"), 1_999_999)
-    return begin(plan)
+def cut(job):
+    os.truncate(os.path.join(job.plan.source, "new"), 1_999_999)
+    return begin(job)
 stager.begin = cut
 staging.stage(*sys.argv[1:])
 """
