@@ -40,29 +40,32 @@ def descendants(pid: int) -> list[int]:
 
 
 def shared_memory_of(pids: list[int]) -> set[str]:
-    """Paths under /dev/shm that the processes have mapped and that still have a name."""
+    """Paths under /dev/shm that the processes have open or mapped and that still have a name."""
     paths = set()
     for pid in pids:
         try:
             with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
                 paths.update(line.split(maxsplit=5)[5].rstrip("\n") for line in file if " /dev/shm/" in line)
+            paths.update(os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd"))
         except OSError:
             continue
-    return {path for path in paths if not path.endswith("(deleted)")}
+    return {path for path in paths if path.startswith("/dev/shm/") and not path.endswith("(deleted)")}
 
 
 def kill_everything_below() -> None:
     """SIGKILL descendants until none is left, then remove the shared memory they had."""
     segments: set[str] = set()
     while pids := descendants(os.getpid()):
-        segments |= shared_memory_of(pids)
-        for pid in pids:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        # They stop first: what a process makes between a look at it and its end would stay.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in pids:
+                try:
+                    os.kill(pid, number)
+                except ProcessLookupError:
+                    pass
+            time.sleep(0.01)
+            segments |= shared_memory_of(pids)
         reap()
-        time.sleep(0.01)
     reap(options=0)  # waits for those that are still falling
     for path in segments:
         try:

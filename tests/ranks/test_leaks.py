@@ -29,9 +29,10 @@ from nurion_utils import ranks
 
 def hold_shared_memory():
     from mpi4py import MPI
-    global window
     window = MPI.Win.Allocate_shared(1 << 20, comm=MPI.COMM_WORLD)
     window.tomemory()[:] = bytes(1 << 20)
+    opened = open(f"/dev/shm/nurion-test-{os.getpid()}", "w")  # as a segment is for a moment, before it is mapped
+    MPI.held = window, opened
 
 world = ranks.start(2)
 world.run(hold_shared_memory)
