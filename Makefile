@@ -7,6 +7,9 @@ unexport PYTHONPATH PYTHONHOME
 # Importing TensorFlow takes three times as long where no bytecode may be kept, and each rank imports it.
 unexport PYTHONDONTWRITEBYTECODE
 
+# Tests wait a lot: two processes of them, each with ranks of its own; the tests of a file share one.
+TWO := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 .PHONY: help setup run lint check test lab site notebooks figures bench lock clean
 
@@ -33,10 +36,10 @@ lint: setup
 	@.venv/bin/ruff format --check --quiet
 
 check: lint
-	@.venv/bin/python -m pytest --quiet --numprocesses=2 --dist=loadfile -m "not (ranks or lab or tensorflow or notebook or install or slow)"
+	@.venv/bin/python -m pytest --quiet $(TWO) -m "not (ranks or lab or tensorflow or notebook or install or slow)"
 
 test: lint
-	@.venv/bin/python -m pytest --durations=25 $(ONLY)
+	@.venv/bin/python -m pytest --durations=25 $(TWO) $(ONLY)
 
 lab: setup
 	@# Jupyter refuses root unless told otherwise. It listens on this machine only and asks for a token, so root may.

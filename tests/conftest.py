@@ -37,6 +37,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name in getattr(item, "fixturenames", []):
             if marker := "ranks" if name.startswith("world") else NEEDS.get(name):
                 item.add_marker(marker)
+    # The longest file first, or it would still run when all others have ended; beside it those that wait the most.
+    early = ["notebooks", "ranks"]
+    items.sort(key=lambda item: early.index(folder) if (folder := item.path.parent.name) in early else len(early))
 
 
 _started: list[str] = []  # launchers of ranks, since the test that runs now began
