@@ -32,10 +32,7 @@ REMEDIES = dict.fromkeys(PACKAGES, "Run make setup.") | {
 def report(world: World) -> pd.DataFrame:
     """Check this machine and the ranks of `world`.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per check: ``check``, ``value``, ``ok`` (bool) and, where it is not, ``remedy`` in one sentence.
+    One row per check: ``check``, ``value``, ``ok`` (bool) and, where it is not, ``remedy`` in one sentence.
     """
     import pandas as pd
 

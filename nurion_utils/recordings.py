@@ -39,12 +39,8 @@ RECORDERS = {
 def load(name: str) -> pd.DataFrame:
     """The table ``data/<name>.csv``.
 
-    Raises
-    ------
-    ValueError
-        There is no table of that name; says which there are.
-    FileNotFoundError
-        The package was installed without its repository.
+    ValueError, which says what tables there are, if it is not among them; FileNotFoundError if the package was
+    installed without its repository.
     """
     import pandas as pd
 

@@ -64,25 +64,12 @@ def exact_arrays(size_bytes: int, rank: int, ranks: int) -> tuple[np.ndarray, np
 def ratios(table: pd.DataFrame, of: str, contender: str, by: Sequence[str] = (), value: str = "time_s") -> pd.DataFrame:
     """How many times as fast as `of` each other contender is, turn by turn.
 
-    Parameters
-    ----------
-    table
-        One row per measurement; ``repeat`` is the number of the turn.
-    of, contender
-        Whom the others are compared with, and the column with the contenders' names.
-    by, value
-        Columns that compared rows agree in, such as a size; the column of times.
+    `table` has one row per measurement: the column `contender` with its name, ``repeat`` with the number of the turn,
+    `value` with the time, and the columns `by`, such as a size, in which compared rows agree.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per other contender and `by`: ``speedup`` (median over turns), ``low, high`` (quartiles),
-        ``least, most``, ``turns``.
-
-    Raises
-    ------
-    ValueError
-        A column is missing, `of` was not measured, or a turn has several times of one contender.
+    Returns one row per other contender and `by`: ``speedup`` (median over turns), ``low, high`` (quartiles), ``least,
+    most``, ``turns``. ValueError if a column is missing, `of` was not measured, or a turn has several times of one
+    contender.
     """
     keys = [*by, "repeat"]
     require_columns(table, [contender, *keys, value])
