@@ -75,31 +75,24 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     return result.reset_index()
 
 
-def run(world: ranks.World) -> pd.DataFrame:
-    """Tune, then report, then train without decay: as of `sweep`, with the columns part, method and rate."""
+def record() -> pd.DataFrame:
+    """What ``data/large_batch_digits.csv`` holds, but for its source: 2 ranks tune, report, and train without decay."""
     import pandas as pd
 
-    task = DigitsTask(SAMPLES)
-
     def part(name: str, recipes: dict[tuple, Recipe], seeds: range) -> pd.DataFrame:
-        table = sweep(recipes, seeds, world, task)
+        table = sweep(recipes, seeds, world, DigitsTask(SAMPLES))
         rates = [recipes[key].peak_rate for key in table["name"]]
         return table.assign(part=name, method=[key[0] for key in table["name"]], rate=rates)
 
     tried = {(m, b, rate): at_rate(m, b, rate) for b in BATCHES for m, rates in GRIDS.items() for rate in rates}
-    tuning = part("tuning", tried, TUNING_SEEDS)
-    rates = best_rates(tuning)
-    reported = {(m, b): recipe for b in BATCHES for m, recipe in by_rule(b).items()}
-    reported |= {(m, b): at_rate(m, b, rate) for (m, b), rate in rates.items()} | {("base", 32): Recipe(32)}
     steady = {("constant", b, i): recipe for b in (32, *BATCHES) for i, recipe in enumerate(constant(b))}
-    parts = [tuning, part("report", reported, SEEDS), part("constant", steady, TUNING_SEEDS)]
-    return pd.concat(parts, ignore_index=True)
-
-
-def record() -> pd.DataFrame:
-    """What ``data/large_batch_digits.csv`` holds, but for its source: `run` on 2 ranks."""
+    reported = {(m, b): recipe for b in BATCHES for m, recipe in by_rule(b).items()}
     with ranks.start(2) as world:
-        table = run(world)
+        tuning = part("tuning", tried, TUNING_SEEDS)
+        reported |= {(m, b): at_rate(m, b, rate) for (m, b), rate in best_rates(tuning).items()}
+        reported |= {("base", 32): Recipe(32)}
+        parts = [tuning, part("report", reported, SEEDS), part("constant", steady, TUNING_SEEDS)]
+    table = pd.concat(parts, ignore_index=True)
     courses = [" ".join(f"{error:.2f}" for error in errors) for errors in table["validation_errors"]]
     return table[COLUMNS].assign(validation_errors=courses)
 
