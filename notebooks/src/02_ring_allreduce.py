@@ -374,8 +374,7 @@ fitted = allreduce.fit(times[times["size_bytes"].isin(sizes[::2])], contenders(P
 held_out = times[times["size_bytes"].isin(sizes[1::2])].groupby(["contender", "size_bytes"])["time_s"].median()
 held_out = held_out.reset_index()
 held_out["predicted_s"] = [
-    allreduce.predict(contenders(P)[row.contender], row.size_bytes, fitted[row.contender])
-    for row in held_out.itertuples()
+    allreduce.time(contenders(P)[row.contender], row.size_bytes, fitted[row.contender]) for row in held_out.itertuples()
 ]
 held_out["error_percent"] = 100 * (held_out["predicted_s"] / held_out["time_s"] - 1).abs()
 median_error = held_out["error_percent"].median()
@@ -391,7 +390,7 @@ medians = times.groupby(["contender", "size_bytes"])["time_s"].median()
 for name, schedule in contenders(P).items():
     look = STYLES[name]
     left_axis.loglog(medians[name] * 1e6, ls="", ms=4, label=name, **look)
-    curve = [allreduce.predict(schedule, size, fitted[name]) * 1e6 for size in sizes]
+    curve = [allreduce.time(schedule, size, fitted[name]) * 1e6 for size in sizes]
     left_axis.loglog(sizes, curve, color=look["color"], lw=1)
     if name != "native":
         right_axis.semilogx(medians[name] / medians["native"], lw=1, ms=4, **look)
@@ -530,7 +529,7 @@ def one_by_one_or_fused(n_tensors: int, n: int) -> tuple[float, float]:
 
 one_by_one_s, fused_s = world.run(one_by_one_or_fused, 64, 1024)[0]
 link, ring = fitted["ring"], allreduce.ring(P)
-predicted_ms = [64e3 * allreduce.predict(ring, 4096, link), 1e3 * allreduce.predict(ring, 64 * 4096, link)]
+predicted_ms = [64e3 * allreduce.time(ring, 4096, link), 1e3 * allreduce.time(ring, 64 * 4096, link)]
 print(f"one by one {one_by_one_s * 1e3:.2f} ms (predicted {predicted_ms[0]:.2f})")
 print(f"fused      {fused_s * 1e3:.2f} ms (predicted {predicted_ms[1]:.2f})")
 print(f"gain       {one_by_one_s / fused_s:.0f} (predicted {predicted_ms[0] / predicted_ms[1]:.0f})")

@@ -8,7 +8,6 @@ from .algorithms import tree as tree
 from .checking import check as check
 from .cost import Link as Link
 from .cost import fit as fit
-from .cost import predict as predict
 from .cost import time as time
 from .drawing import animate as animate
 from .drawing import draw as draw

@@ -16,13 +16,9 @@ def check(schedule: Schedule) -> None:
     """Prove that after the last step every rank holds every chunk with every rank's contribution exactly once.
 
     The effort is one operation for each chunk of each transfer: a quarter of a second for a ring of 200 ranks.
-
-    Raises
-    ------
-    ScheduleError
-        A rank or chunk that does not exist, a message to oneself, two messages that a rank would have to send or
-        receive in one step (its partner would wait for ever), a contribution reduced twice, a copy that changes
-        nothing, or a chunk that somebody ends without; the message names step, rank and chunk.
+    `ScheduleError`, naming step, rank and chunk, for a rank or chunk that does not exist, a message to oneself, two
+    messages that a rank would have to send or receive in one step (its partner would wait for ever), a contribution
+    reduced twice, a copy that changes nothing, or a chunk that somebody ends without.
     """
     for holdings in walk(schedule):  # noqa: B007 - the last ones count
         pass

@@ -43,25 +43,21 @@ class Link:
         return cls(fabric.latency_us * 1e-6, 1e-9 / fabric.link_gb_per_s)
 
 
-def time(schedule: Schedule, size_bytes: float, link: Link) -> float:
+def time(schedule: Schedule | None, size_bytes: float, link: Link) -> float:
     """Seconds on links that nobody shares: the sum over all steps of the slowest transfer in each.
 
     The model of Thakur, Rabenseifner and Gropp (2005), in which what reducing costs is counted in beta; the array of
-    `size_bytes` is cut into equal chunks.
+    `size_bytes` is cut into equal chunks. MPI's own allreduce, None, counts as one message of the whole array.
     """
     n = number(size_bytes, "size_bytes", least=0)
     if not isinstance(link, Link):
         raise ValueError(f"link must be a Link(alpha_s, beta_s_per_byte), not {link!r}")
-    shares = schedule.longest_messages.items()
-    return math.fsum(steps * (link.alpha_s + n * share * link.beta_s_per_byte) for share, steps in shares)
+    messages = {1.0: 1} if schedule is None else schedule.longest_messages
+    return math.fsum(steps * (link.alpha_s + n * share * link.beta_s_per_byte) for share, steps in messages.items())
 
 
 def fit(table: pd.DataFrame, contenders: Mapping[str, Schedule | None]) -> dict[str, Link]:
-    """Each contender's alpha and beta from measured times, by least squares of the relative errors.
-
-    A time is taken to be ``steps * alpha + size * volume * beta``, with the steps and the volume (the part of the
-    array that is under way, summed over the steps) of the contender's schedule; MPI's own, None, has one of each.
-    """
+    """Each contender's alpha and beta in the model of `time`, by least squares of measured times' relative errors."""
     from scipy.optimize import nnls
 
     require_columns(table, ["contender", "size_bytes", "time_s"])
@@ -75,18 +71,8 @@ def fit(table: pd.DataFrame, contenders: Mapping[str, Schedule | None]) -> dict[
             raise ValueError(f"a fit needs two sizes or more, and the table has {len(times)} of contender {name!r}")
         if schedule is not None and not schedule.steps or not (times > 0).all():
             raise ValueError(f"a fit needs steps, and times above 0, but contender {name!r} lacks them")
-        terms = np.array([[1.0, n] for n in times.index]) * _terms(schedule)
+        terms = np.array([(time(schedule, 0, Link(1, 0)), time(schedule, n, Link(0, 1))) for n in times.index])
         scale = terms.max(axis=0)  # or the two columns differ by so much that nnls gives one up
         solution, _ = nnls(terms / scale / times.to_numpy()[:, None], np.ones(len(times)))
         links[name] = Link(*map(float, solution / scale))
     return links
-
-
-def predict(schedule: Schedule | None, size_bytes: float, link: Link) -> float:
-    """Seconds, by the model that `fit` fits."""
-    steps, volume = _terms(schedule)
-    return steps * link.alpha_s + number(size_bytes, "size_bytes", least=0) * volume * link.beta_s_per_byte
-
-
-def _terms(schedule: Schedule | None) -> tuple[float, float]:
-    return (1.0, 1.0) if schedule is None else (time(schedule, 0, Link(1, 0)), time(schedule, 1, Link(0, 1)))

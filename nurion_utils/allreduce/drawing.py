@@ -80,10 +80,7 @@ def animate(schedule: Schedule) -> Animation:
 def draw_trace(trace: pd.DataFrame) -> Figure:
     """What each rank did when in one run: exchanging or waiting, and reducing.
 
-    Parameters
-    ----------
-    trace
-        The rows that `run` put into ``trace`` on all ranks: ``rank, step, begin_s, received_s, end_s``.
+    `trace` has the rows that `run` put into its ``trace`` on all ranks: ``rank, step, begin_s, received_s, end_s``.
     """
     require_columns(trace, ["rank", "step", "begin_s", "received_s", "end_s"])
     if trace.empty:

@@ -143,17 +143,10 @@ def simulate(
     chunks. `placement` has the node of each rank: from `FatTree.in_order` (the default), `random`, `scheduled`, or of
     your own making.
 
-    Returns
-    -------
-    DataFrame
-        A row per step: step, time_s, busiest_link (the name of the one that needs longest for its bytes; "" where
-        the step is empty), flows (how many transfers share it).
-
-    Raises
-    ------
-    ValueError
-        A placement that does not give every rank a node of the fabric, a rank that the schedule does not have, or a
-        step whose transfers differ in their number of chunks.
+    Returns a row per step: step, time_s, busiest_link (the name of the one that needs longest for its bytes; "" where
+    the step is empty), flows (how many transfers share it). ValueError for a placement that does not give every rank a
+    node of the fabric, a rank that the schedule does not have, or a step whose transfers differ in their number of
+    chunks.
     """
     import pandas as pd
 

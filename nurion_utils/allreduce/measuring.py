@@ -31,29 +31,16 @@ def measure_allreduce(
 ) -> pd.DataFrame:
     """Time allreduces of float32 arrays on all ranks, after the result of each contender has been checked.
 
-    Parameters
-    ----------
-    group
-        The ranks of this machine, or those of a network lab, whose links carry everything.
-    contenders
-        Schedules by name, which take turns; None stands for MPI's own Allreduce, in place as well.
-    sizes_bytes
-        Lengths of the array, multiples of 4.
+    `group` has the ranks of this machine, or those of a network lab, whose links carry everything. The contenders are
+    schedules by name, which take turns; None stands for MPI's own Allreduce, in place as well.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per block: ``contender, ranks, size_bytes, repeat``, and ``time_s``, of one allreduce on the slowest
-        rank. In a lab, where a block is a single allreduce, also ``rate_mbit``; ``theory_s``, the schedule's time on
-        these links were there no latency, and ``bytes_sent`` by all ranks together, as it says (both NaN for MPI's
-        own); ``wire_bytes``, what the hosts' interfaces counted as sent, headers and acknowledgements included.
+    Returns one row per block: ``contender, ranks, size_bytes, repeat``, and ``time_s``, of one allreduce on the slowest
+    rank. In a lab, where a block is a single allreduce, also ``rate_mbit``; ``theory_s``, the schedule's time on these
+    links were there no latency, and ``bytes_sent`` by all ranks together, as it says (both NaN for MPI's own);
+    ``wire_bytes``, what the hosts' interfaces counted as sent, headers and acknowledgements included.
 
-    Raises
-    ------
-    ValueError
-        A contender or a size is not possible; nothing ran.
-    RankError
-        A rank raised or died, or a contender gave a wrong sum.
+    ValueError, before anything runs, if a contender or a size is not possible; RankError if a rank raised or died, or a
+    contender gave a wrong sum.
     """
     import pandas as pd
 

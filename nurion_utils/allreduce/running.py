@@ -21,20 +21,12 @@ def run(
 ) -> None:
     """Allreduce `array` in place; every rank of `comm` calls this with the same schedule, length, dtype and `op`.
 
-    Parameters
-    ----------
-    array
-        Of float16, float32, float64, int32 or int64; any shape and length, contiguous.
-    op
-        "sum", "max", "min", "prod" or, of floating-point arrays, "mean": the sum, which must fit the type, divided.
-    trace
-        Gets one entry per step that this rank takes part in: ``rank, step, sent_bytes, begin_s, received_s,
-        end_s`` (seconds on the clock of `time.perf_counter`).
+    The array is contiguous, of any shape and length, of float16, float32, float64, int32 or int64. `op` is "sum",
+    "max", "min", "prod" or, of floating-point arrays, "mean": the sum, which must fit the type, divided. `trace` gets
+    one entry per step that this rank takes part in: ``rank, step, sent_bytes, begin_s, received_s, end_s`` (seconds on
+    the clock of `time.perf_counter`).
 
-    Raises
-    ------
-    ValueError
-        On every rank, when any of them brought what cannot be reduced or ranks disagree; nothing was sent then.
+    ValueError on every rank, before anything is sent, if any brought what cannot be reduced or ranks disagree.
     """
     agree(comm, schedule, array, op, trace)
     flat = array.reshape(-1)
@@ -88,7 +80,8 @@ def agree(comm: MPI.Comm, schedule: Schedule, array: np.ndarray, op: str, trace:
     least = np.empty_like(mine)
     comm.Allreduce([mine, MPI.INT64_T], [least, MPI.INT64_T], MPI.MIN)
     if least[0] != -least[1] or problem:  # the least and the greatest of all ranks' numbers
-        raise ValueError(_explain(comm, problem, schedule, array, op))
+        brought = "" if problem else f"{array.size} x {array.dtype}, {op}, {schedule!r}"
+        raise disagreement(comm, problem, brought, "length, dtype, op and schedule")
 
 
 _PROBLEM = np.array([-1, 1])
@@ -125,13 +118,13 @@ def _problem(comm: MPI.Comm, schedule: Schedule, array: Any, op: Any, trace: Any
     return "" if trace is None or isinstance(trace, list) else f"trace must be a list, or None, not {trace!r}"
 
 
-def _explain(comm: MPI.Comm, problem: str, schedule: Schedule, array: Any, op: Any) -> str:
-    """The same words on all ranks, about those that are to blame."""
-    everyone = comm.allgather((problem, "" if problem else f"{array.size} x {array.dtype}, {op}, {schedule!r}"))
+def disagreement(comm: MPI.Comm, problem: str, brought: str, same: str) -> ValueError:
+    """The same words on all ranks, about those that are to blame: who has a problem, or what each has brought."""
+    everyone = comm.allgather((problem, brought))
     if problems := [f"rank {rank}: {what}" for rank, (what, _) in enumerate(everyone) if what]:
-        return "allreduce refused on all ranks, because of " + "; ".join(problems)
-    brought = "; ".join(f"rank {rank}: {what}" for rank, (_, what) in enumerate(everyone))
-    return f"allreduce refused: all ranks must bring the same length, dtype, op and schedule, not {brought}"
+        return ValueError("refused on all ranks, because of " + "; ".join(problems))
+    everything = "; ".join(f"rank {rank}: {what}" for rank, (_, what) in enumerate(everyone))
+    return ValueError(f"all ranks must bring the same {same}, not {everything}")
 
 
 class CountingComm(MPI.Intracomm):

@@ -16,7 +16,7 @@ import numpy as np
 from mpi4py import MPI
 
 from nurion_utils._checks import whole_number
-from nurion_utils.allreduce.running import OPERATIONS, TYPES, agree
+from nurion_utils.allreduce.running import OPERATIONS, TYPES, agree, disagreement
 from nurion_utils.allreduce.schedule import Schedule
 
 LINE = 64  # bytes of a cache line: counters that different ranks write must not share one
@@ -32,12 +32,9 @@ class SharedArray:
     """
 
     def __init__(self, comm: MPI.Comm, n: int, dtype: Any = "float32"):
-        everyone = comm.allgather((_problem(n, dtype, comm.size), str(n), str(dtype)))
-        if problems := [f"rank {rank}: {problem}" for rank, (problem, *_) in enumerate(everyone) if problem]:
-            raise ValueError("; ".join(problems))
-        if len({*everyone}) > 1:
-            asked = sorted({f"{n} x {dtype}" for _, n, dtype in everyone})
-            raise ValueError(f"all ranks must ask for the same array, not {', '.join(asked)}")
+        asked = _problem(n, dtype, comm.size), f"{n} x {dtype}"
+        if any(problem or what != asked[1] for problem, what in comm.allgather(asked)):
+            raise disagreement(comm, *asked, "length and dtype")
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         apart = comm.allreduce(node.size, op=MPI.MIN) < comm.size
         node.Free()

@@ -207,7 +207,7 @@ def test_a_broken_schedule_is_refused_before_it_can_hang(world2: ranks.World):
     "n, dtype, message",
     [("4", "f4", "number of elements must be"), (4, "c8", "dtype must be float16"), (4, "no", "not understood"),
      (10**15, "f4", "2 arrays of 1000000000000000 elements need 8,000,000,000,000,256 bytes in /dev/shm, which has"),
-     (None, "f4", "all ranks must ask for the same array")],
+     (None, "f4", "all ranks must bring the same length and dtype, not rank 0: 4 x f4; rank 1: 5 x f4")],
 )  # fmt: skip
 def test_shared_arrays_that_cannot_be_are_refused_on_every_rank(world2: ranks.World, n, dtype, message: str):
     def attempt() -> str:
@@ -246,15 +246,12 @@ def test_a_fit_finds_the_costs_that_times_were_made_with():
     contenders = {"ring": allreduce.ring(4), "native": None}
     link = allreduce.Link(3e-6, 2e-10)
     rows = [
-        {"contender": name, "size_bytes": n, "time_s": allreduce.predict(schedule, n, link)}
+        {"contender": name, "size_bytes": n, "time_s": allreduce.time(schedule, n, link)}
         for name, schedule in contenders.items()
         for n in (1e3, 1e5, 1e7)
     ]
     for found in allreduce.fit(pd.DataFrame(rows), contenders).values():
         assert (found.alpha_s, found.beta_s_per_byte) == pytest.approx((3e-6, 2e-10), rel=1e-6)
-    assert allreduce.predict(allreduce.ring(4), 1e6, link) == pytest.approx(
-        allreduce.time(allreduce.ring(4), 1e6, link)
-    )
     with pytest.raises(ValueError, match="two sizes or more, and the table has 0 of contender 'naive'"):
         allreduce.fit(pd.DataFrame(rows), {"naive": allreduce.naive(4)})
 
