@@ -9,6 +9,7 @@ are hypotheses: a model and the settings under which it ends where the real runs
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -70,11 +71,8 @@ def simulated_limit(system: ParallelFileSystem, steps: int = 50) -> int:
     def reading_s(nodes: int) -> float:
         return simulate(patient, Workload(nodes, steps, 1, SAMPLE_BYTES, compute_s=0.0))["end_s"].max() / steps
 
-    low, high = 0, max(1, int(COMPUTE_S * system.bandwidth_gb_per_s * 1e9 / SAMPLE_BYTES) + 1)  # none beyond the mean
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if reading_s(middle) <= COMPUTE_S else (low, middle)
-    return low
+    mean = int(COMPUTE_S * system.bandwidth_gb_per_s * 1e9 / SAMPLE_BYTES)  # none beyond it
+    return bisect.bisect(range(1, mean + 1), COMPUTE_S, key=reading_s)
 
 
 def _require_whole_files(system: ParallelFileSystem) -> None:
@@ -107,11 +105,8 @@ def scaling(systems: Mapping[str, ParallelFileSystem], nodes: Sequence[int]) -> 
 
     Input only: what the nodes have to say to each other is not in it.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per file system and number of nodes: storage, nodes, step_s (not a number if a read timed out),
-        epoch_s, efficiency (the part of a step that computes), demand_over_peak (of the bandwidth, without waiting).
+    A row per file system and number of nodes: storage, nodes, step_s (not a number if a read timed out), epoch_s,
+    efficiency (the part of a step that computes), demand_over_peak (of the bandwidth, without waiting).
     """
     table = _combinations(storage=systems, nodes=nodes)
     table["step_s"] = [_step_s(systems[row.storage], row.nodes) for row in table.itertuples()]
@@ -165,11 +160,8 @@ def batch_sweep(
     format, its depth and the reason for its end are not published. One image takes `activations_mb` of a node's
     memory; what a node has is Nurion's in cache mode.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per file system and batch: storage, batch_per_node, demand_gb_per_s (on average), demand_over_peak,
-        burst_files, outcome ("runs", "read timed out", "out of memory").
+    A row per file system and batch: storage, batch_per_node, demand_gb_per_s (on average), demand_over_peak,
+    burst_files, outcome ("runs", "read timed out", "out of memory").
     """
     most = sites.load("nurion").node.memory_usable_gb * 1e3 / positive(activations_mb, "activations_mb")
 
@@ -199,11 +191,8 @@ def timeout_map(
     ``(n - 1) / metadata_ops_per_s`` seconds, and times out if that is more than the timeout. Targets are left out: at
     92 KB a file they are faster than the opens.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per combination: burst_depth, metadata_ops_per_s, timeout_s, wait_runs_s, wait_fails_s (of the last
-        file at the two batches), outcome ("both run", "the larger fails", "both fail").
+    A row per combination: burst_depth, metadata_ops_per_s, timeout_s, wait_runs_s, wait_fails_s (of the last file at
+    the two batches), outcome ("both run", "the larger fails", "both fail").
     """
     if not runs_at < fails_at:
         raise ValueError(f"runs_at must be the smaller of the two batches, not {runs_at} beside {fails_at}")
@@ -231,10 +220,7 @@ def break_even(
     Staging goes at the smaller of the two bandwidths, which is the best case. It and the epochs grow with the data
     alike, so the number of epochs depends on the nodes alone.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per number of nodes and size: nodes, data_tb, stage_s, epoch_slow_s, epoch_fast_s, epochs (to pay).
+    A row per number of nodes and size: nodes, data_tb, stage_s, epoch_slow_s, epoch_fast_s, epochs (to pay).
     """
     table = _combinations(nodes=nodes, data_tb=data_tb)
     table["stage_s"] = table["data_tb"] * 1e3 / min(slow.bandwidth_gb_per_s, fast.bandwidth_gb_per_s)

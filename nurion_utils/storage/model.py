@@ -22,17 +22,10 @@ METADATA = -1  # stands for the metadata server where a target is named
 class ParallelFileSystem:
     """A parallel file system, such as a Lustre.
 
-    Attributes
-    ----------
-    targets, target_mb_per_s
-        Storage targets, and 10^6 bytes that each delivers in a second.
-    metadata_ops_per_s
-        Files that the metadata server opens in a second, for all readers together.
-    stripe_count, stripe_bytes
-        Over how many targets a file is spread, and in pieces of which size; the defaults are Lustre's.
-    timeout_s
-        A request whose turn comes later than this after it was made is dropped unserved, and its reader told so;
-        100 s is the default of Lustre. `math.inf` for never.
+    Each of `targets` storage targets delivers `target_mb_per_s` times 10^6 bytes in a second, and the metadata server
+    opens `metadata_ops_per_s` files in a second, for all readers together. A file is spread over `stripe_count`
+    targets, in pieces of `stripe_bytes`. A request whose turn comes later than `timeout_s` after it was made is dropped
+    unserved, and its reader told so; `math.inf` is for never. The defaults are Lustre's.
     """
 
     targets: int
@@ -54,12 +47,8 @@ class ParallelFileSystem:
     def of_site(cls, site: sites.Site | str, name: str = "scratch") -> ParallelFileSystem:
         """A file system of a site, or its ``"burst_buffer"``, from the site's description.
 
-        What the description does not say about striping and timeouts is as Lustre's defaults.
-
-        Raises
-        ------
-        nurion_utils.sites.SiteError
-            The site has none of that name, or does not say how many targets or metadata operations a second.
+        What the description does not say about striping and timeouts is as Lustre's defaults. `sites.SiteError` if the
+        site has none of that name, or does not say its bandwidth, its targets or its metadata operations a second.
         """
         machine = sites.load(site) if isinstance(site, str) else site
         known = machine.file_systems | ({"burst_buffer": machine.burst_buffer} if machine.burst_buffer else {})
@@ -94,18 +83,10 @@ class ParallelFileSystem:
 class Workload:
     """One epoch of a training job: each reader (a node) reads files and computes on them, step by step.
 
-    Readers meet at the end of every step, as an allreduce makes them.
-
-    Attributes
-    ----------
-    files_per_step, file_bytes
-        Files that each reader opens together, as one burst, and the bytes of each; no file is read twice.
-    compute_s
-        What a step computes; emulated by waiting, as MLPerf Storage does.
-    prefetch
-        Steps read ahead while the one before is computed (tf.data's ``prefetch``): 0 or 1.
-    seed
-        Of the targets on which the files' first stripes lie.
+    Readers meet at the end of every step, as an allreduce makes them. Each opens `files_per_step` files of `file_bytes`
+    together, as one burst; no file is read twice. Computing for `compute_s` is emulated by waiting, as MLPerf Storage
+    does. `prefetch` steps, 0 or 1, are read ahead while the one before is computed, as tf.data does. `seed` is that of
+    the targets on which the files' first stripes lie.
     """
 
     readers: int

@@ -2,68 +2,87 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from nurion_utils.storage.client import EmulatorError, FileSystemClient
-from nurion_utils.storage.model import METADATA, Workload
+from nurion_utils.storage.model import Workload
 
-
-def name_of(job: str, step: int, reader: int, i: int) -> str:
-    """The file that a reader reads in a step as the i-th of its burst."""
-    return f"{job}/{step}/{reader}-{i}"
-
-
-def read_on_rank(client: FileSystemClient, workload: Workload, job: str) -> list[dict]:
-    """The readers of one MPI rank, dealt out in turn."""
+if TYPE_CHECKING:
     from mpi4py import MPI
 
-    return read_all(client, workload, job, range(MPI.COMM_WORLD.rank, workload.readers, MPI.COMM_WORLD.size))
+
+def read_on_rank(client: FileSystemClient, workload: Workload) -> list[dict]:
+    """The readers of one MPI rank, dealt out in turn."""
+    from mpi4py.MPI import COMM_WORLD as comm
+
+    mine = range(comm.rank, workload.readers, comm.size)
+    with_readers = comm.Split(bool(mine))
+    rows = read_all(client, workload, mine, with_readers) if mine else []
+    with_readers.Free()
+    return rows
 
 
-def read_all(client: FileSystemClient, workload: Workload, job: str, readers: range) -> list[dict]:
-    """A thread for each of `readers`; a row for each of their steps."""
-    with ThreadPoolExecutor(max(len(readers), 1)) as pool:
-        tasks = [pool.submit(_steps, client, workload, job, reader) for reader in readers]
+def read_all(client: FileSystemClient, workload: Workload, readers: range, comm: MPI.Comm | None = None) -> list[dict]:
+    """A thread for each of `readers`, who meet those of the other ranks of `comm`; a row for each of their steps."""
+    first, lengths = workload.first_targets(client.system), [workload.file_bytes] * workload.files_per_step
+    failed, over = np.zeros((2, 1), int)
+
+    def meet_ranks() -> None:
+        over[:] = failed
+        request = comm.Iallreduce(failed, over) if comm is not None else None  # ranks on which a reader failed
+        while request is not None and not request.Test() and not meeting.broken:
+            time.sleep(0.0005)  # MPI's own waiting would take a core from the readers
+
+    def meet(fails: bool) -> bool:
+        """Wait for all readers of all ranks; whether a read of any of them has failed."""
+        if fails:
+            failed[0] = 1
+        meeting.wait()
+        return bool(over[0])
+
+    def fetch(step: int, reader: int) -> dict:
+        names = [f"{step}/{reader}-{i}" for i in range(workload.files_per_step)]
+        row = {"reader": reader, "step": step, "request_s": time.monotonic()}
+        row |= dict.fromkeys(["ready_s", "begin_s", "end_s", "fails_s"], math.nan)
+        target, late = client.request(names, lengths, first[step, reader])
+        return row | {"target": target, "fails_s" if late else "ready_s": time.monotonic()}
+
+    meeting = threading.Barrier(len(readers), meet_ranks)
+    with ThreadPoolExecutor(len(readers)) as pool:
+        tasks = [pool.submit(_steps, workload, reader, fetch, meet) for reader in readers]
         try:
             return [row for task in tasks for row in task.result()]
-        except BaseException:
-            with contextlib.suppress(EmulatorError):
-                client.ask({"end": job})  # or the others would wait at the next barrier
-            raise
+        finally:
+            meeting.abort()  # or readers would wait for ever where this is interrupted
 
 
-def _steps(client: FileSystemClient, workload: Workload, job: str, reader: int) -> list[dict]:
-    """All steps of one reader, or as many as come before the job ends."""
-    meeting = {"meet": job, "of": workload.readers}
-
-    def fetch(step: int) -> dict:
-        files = [(name_of(job, step, reader, i), workload.file_bytes) for i in range(workload.files_per_step)]
-        row = {"reader": reader, "step": step, "target": METADATA, "request_s": time.monotonic()}
-        row |= dict.fromkeys(["ready_s", "begin_s", "end_s", "fails_s"], math.nan)
-        if answer := client.request(files, job):
-            target, failed = answer
-            row |= {"target": target, "ready_s" if failed is None else "fails_s": time.monotonic()}
-        return row
-
+def _steps(workload: Workload, reader: int, fetch: Callable, meet: Callable) -> list[dict]:
+    """All steps of one reader, or as many as come before a read of any reader fails."""
     rows: list[dict] = []
-    client.ask(meeting)
+    meet(False)
     with ThreadPoolExecutor(1) as ahead:
-        fetched = ahead.submit(fetch, 0)
+        fetched = ahead.submit(fetch, 0, reader)
         for step in range(1, workload.steps + 1):
-            row = fetched.result()
-            rows.append(row)
-            if math.isnan(row["ready_s"]):
-                break
-            row["begin_s"] = time.monotonic()
-            if workload.prefetch and step < workload.steps:
-                fetched = ahead.submit(fetch, step)
-            time.sleep(workload.compute_s)
-            if not client.ask(meeting):
+            try:
+                rows.append(row := fetched.result())
+            except EmulatorError:
+                meet(True)
+                raise
+            if served := math.isnan(row["fails_s"]):
+                row["begin_s"] = time.monotonic()
+                if workload.prefetch and step < workload.steps:
+                    fetched = ahead.submit(fetch, step, reader)
+                time.sleep(workload.compute_s)
+            if meet(not served):
                 break
             row["end_s"] = time.monotonic()
             if not workload.prefetch and step < workload.steps:
-                fetched = ahead.submit(fetch, step)
+                fetched = ahead.submit(fetch, step, reader)
     return rows

@@ -26,12 +26,9 @@ def simulate(system: ParallelFileSystem, workload: Workload) -> pd.DataFrame:
     When a request times out, its read fails as with EIO, and with it the job: nothing after that moment is in the
     table, and what was under way then has no ``end_s``.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per reader and step: reader, step, request_s, ready_s, wait_s (the reader was stalled for its
-        input), begin_s, end_s (with the wait for others), failed, and target: the one whose piece came last, or
-        failed; -1 is the metadata server.
+    A row per reader and step: reader, step, request_s, ready_s, wait_s (the reader was stalled for its input), begin_s,
+    end_s (with the wait for others), failed, and target: the one whose piece came last, or failed; -1 is the metadata
+    server.
     """
     import pandas as pd
 
@@ -122,11 +119,8 @@ def tabulate(table: pd.DataFrame) -> pd.DataFrame:
 def summarise(table: pd.DataFrame, workload: Workload) -> dict[str, float]:
     """What an epoch came to; `table` is one of `simulate` or `EmulatedFileSystem.run`.
 
-    Returns
-    -------
-    dict
-        ``epoch_s`` (to the last reader's end, or the failure), ``throughput_gb_per_s``, ``accelerator_utilisation``
-        (compute time over total time, as MLPerf Storage defines it).
+    ``epoch_s`` (to the last reader's end, or the failure), ``throughput_gb_per_s``, ``accelerator_utilisation``
+    (compute time over total time, as MLPerf Storage defines it).
     """
     epoch_s = float(table["end_s"].max())
     steps = (table["end_s"].notna() & ~table["failed"]).sum() / workload.readers

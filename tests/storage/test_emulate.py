@@ -1,13 +1,10 @@
 """The emulated file system: what readers meet at it, against the simulator, and how it ends."""
 
-import contextlib
 import errno
 import math
 import os
 import pickle
-import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +17,7 @@ import numpy as np
 import pytest
 
 from nurion_utils.storage import EmulatedFileSystem, ParallelFileSystem, Workload, simulate, summarise
+from nurion_utils.storage import client as client_module
 from nurion_utils.storage.client import EmulatorError
 
 PATIENCE_S = 20  # on a machine with much else to do
@@ -124,7 +122,7 @@ def test_a_turn_that_comes_too_late_is_an_error_and_the_others_are_served(files)
         client, wait = running.client(), threading.Barrier(8)
 
         def read(name: str) -> object:
-            client.read("elsewhere")  # so that each thread has its connection
+            client.read("elsewhere")
             wait.wait()
             try:
                 return len(client.read(name))
@@ -207,7 +205,7 @@ def test_a_path_that_leads_out_of_the_file_system_is_refused(files):
             running.client().read("nothing")
 
 
-def test_a_forked_child_has_a_connection_of_its_own(files):
+def test_a_forked_child_reads_beside_its_parent(files):
     (files / "small").write_bytes(b"s")
     with EmulatedFileSystem(files, replace(SYSTEM, target_mb_per_s=0.5)) as running:  # 0.4 s for a file
         running.place({"small": 0, "b": 1})
@@ -221,114 +219,87 @@ def test_a_forked_child_has_a_connection_of_its_own(files):
         assert client.read("small") == b"s"
         assert time.monotonic() - began < 0.2  # and not after the child's
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert client.read("small") == b"s"  # a child that ends leaves the server alone
+        assert client.read("small") == b"s"  # a child that ends leaves it running
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_other_users_get_no_answer(files):
+def test_other_users_cannot_reach_it(files):
     with EmulatedFileSystem(files, SYSTEM) as running:
         child = os.fork()
         if child == 0:
             os.setuid(65534)
-            with contextlib.suppress(ConnectionError), socket.socket(socket.AF_UNIX) as connection:
-                connection.settimeout(PATIENCE_S)
-                connection.connect(running._client._address)
-                connection.sendall(b'{"log": true}\n')
-                os._exit(len(connection.recv(1)))
-            os._exit(0)
+            try:
+                running.client().wait_until_idle()
+            except EmulatorError:
+                os._exit(0)
+            finally:
+                os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_what_is_no_request_ends_its_connection_and_no_other(files):
-    with EmulatedFileSystem(files, SYSTEM) as running, socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(PATIENCE_S)
-        connection.connect(running._client._address)
-        connection.sendall(b"hello\n")
-        assert connection.recv(1) == b""
-        assert running.client().read("a") == b"a" * FILE_BYTES
-
-
 OWNER = """
-import os, sys, time
-from nurion_utils.storage import EmulatedFileSystem, ParallelFileSystem, Workload
-running = EmulatedFileSystem(sys.argv[1], ParallelFileSystem(4, 25, 500))
+import os, pickle, sys, time
+from nurion_utils.storage import EmulatedFileSystem, ParallelFileSystem
+running = EmulatedFileSystem(sys.argv[1], ParallelFileSystem(4, 0.01, 500))
 {forked}
-os.write(1, b"%d\\n" % running._process.pid)
-running.run(Workload(2, 1000, 1, 200_000, 0.01))
+print(pickle.dumps(running.client()).hex(), flush=True)
+time.sleep(100)
 """
 FORKED = """
-if os.fork() == 0:
-    os.write(1, b"%d\\n" % os.getpid())
+if child := os.fork():
+    print(child)
+else:
     time.sleep(100)
     os._exit(0)
 """
 
 
-def address(server: int) -> str:
-    """Of the socket at which the process of an emulated file system listens."""
-    held = set()
-    for file in Path(f"/proc/{server}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # it opens and closes others meanwhile
-            held.add(os.readlink(file))
-    sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines() if "@nurion-files-" in line]
-    return next(path for *_, inode, path in sockets if f"socket:[{inode}]" in held)
-
-
-def in_use(address: str) -> bool:
-    return address in Path("/proc/net/unix").read_text()
-
-
-def ended(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], PATIENCE_S)[0])
-
-
 @pytest.mark.parametrize("forked", ["", FORKED], ids=["alone", "with a forked child that lives on"])
-def test_when_its_owner_is_killed_nothing_is_left(tmp_path, forked):
-    command = [sys.executable, "-c", OWNER.format(forked=forked), str(tmp_path)]
-    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    child, *_ = sorted([int(owner.stdout.readline()) for _ in range(2 if forked else 1)], reverse=True)
-    server = [
-        p
-        for p in Path(f"/proc/{owner.pid}/task/{owner.pid}/children").read_text().split()
-        if int(p) != child or not forked
-    ]
-    pidfd, listens_at = os.pidfd_open(int(server[0])), address(int(server[0]))
-    deadline = time.monotonic() + PATIENCE_S
-    while len(os.listdir(f"/proc/{owner.pid}/task")) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    owner.send_signal(signal.SIGKILL)
-    owner.wait()
-    try:
-        assert ended(pidfd) and list(tmp_path.iterdir()) == []
-        assert forked or not in_use(listens_at)
-    finally:
-        owner.stdout.close()
-        os.close(pidfd)
-        if forked:
-            os.kill(child, signal.SIGKILL)
+def test_when_its_owner_is_killed_those_who_wait_are_told_and_nothing_is_left(files, forked):
+    command = [sys.executable, "-c", OWNER.format(forked=forked), str(files)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner, ThreadPoolExecutor(1) as pool:
+        child = int(owner.stdout.readline()) if forked else None
+        client = pickle.loads(bytes.fromhex(owner.stdout.readline()))
+        reading = pool.submit(client.read, "a")  # 20 s
+        time.sleep(0.3)
+        waited = not reading.done()
+        owner.kill()
+        try:
+            with pytest.raises(EmulatorError, match="has ended"):
+                reading.result(timeout=10)
+        finally:
+            if forked:
+                os.kill(child, signal.SIGKILL)
+    assert waited and sorted(path.name for path in files.iterdir()) == list("abcdefgh")
 
 
-def test_a_killed_server_is_an_error_for_those_who_wait_and_leaves_nothing(files):
+def test_closing_it_is_an_error_for_those_who_wait(files):
     with EmulatedFileSystem(files, replace(SYSTEM, target_mb_per_s=0.01)) as running:  # 20 s for a file
-        listens_at = address(running._process.pid)
-        threading.Timer(0.3, running._process.kill).start()
+        threading.Timer(0.3, running.close).start()
         client, began = running.client(), time.monotonic()
-        with pytest.raises(
-            EmulatorError, match="the emulated file system has ended; start a new one with EmulatedFileSystem"
-        ):
+        sentence = "the emulated file system has ended; start a new one with EmulatedFileSystem"
+        with pytest.raises(EmulatorError, match=sentence):
             client.read("a")
-        with pytest.raises(EmulatorError, match="has ended"):
-            client.read("a")
+        with EmulatedFileSystem(files, SYSTEM), pytest.raises(EmulatorError, match="has ended"):
+            client.read("a")  # and not from the new one, whose file has the same number
         assert time.monotonic() - began < 10
-    assert not in_use(listens_at) and sorted(path.name for path in files.iterdir()) == list("abcdefgh")
+    assert sorted(path.name for path in files.iterdir()) == list("abcdefgh")
 
 
-def test_a_run_whose_server_is_killed_ends(tmp_path):
+def test_a_run_whose_file_system_is_closed_ends(tmp_path):
     with EmulatedFileSystem(tmp_path, SYSTEM) as running:
-        threading.Timer(0.2, running._process.kill).start()
+        threading.Timer(0.2, running.close).start()
         with pytest.raises(EmulatorError, match="has ended"):
             running.run(Workload(6, 1000, 1, FILE_BYTES, 0.01, prefetch=1))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_log_keeps_the_last_requests(files, monkeypatch):
+    monkeypatch.setattr(client_module, "MOST_LOGGED", 5)
+    with EmulatedFileSystem(files, FAST_OPENS) as running:
+        for name in "abcd":
+            running.client().wait(name)
+        assert running.log()["path"].tolist() == ["b", "c", "c", "d", "d"]
 
 
 def test_a_client_killed_while_it_waits_is_no_harm_to_others(files):
@@ -366,7 +337,6 @@ def test_bad_input_is_refused_in_a_sentence(files):
             (lambda: EmulatedFileSystem("/tmp", "lustre"), "system must be a ParallelFileSystem"),
             (lambda: running.place({"a": 4}), "the target of 'a' must be a whole number from 0 to 3, not 4"),
             (lambda: running.run("epoch"), "workload must be a Workload"),
-            (lambda: running.run(Workload(1000, 200, 1, 1, 0)), "can have 100,000 files.*200,000; simulate it"),
         ]:
             with pytest.raises(ValueError, match=sentence):
                 attempt()
