@@ -261,9 +261,8 @@ class Volumes:
             path = self.directory / file
             if not path.exists():
                 raise FileNotFoundError(f"{path} is missing, though {_INDEX} lists it: write the volumes again")
-            if path.stat().st_size < end + FRAME_BYTES:
-                found = f"{path.stat().st_size} bytes instead of {end + FRAME_BYTES}"
-                raise ValueError(f"{path} is truncated, {found}: write the volumes again")
+            if (size := path.stat().st_size) < (end := end + FRAME_BYTES):
+                raise ValueError(f"{path} is truncated, {size} bytes instead of {end}: write the volumes again")
 
     def __len__(self) -> int:
         return len(self.index)

@@ -24,12 +24,8 @@ class BurstBufferError(ValueError):
 def guard(path: str | os.PathLike[str]) -> None:
     """Refuse a path through which a change would reach an original: one in the IME of any site that is described.
 
-    As it is written, or after any symbolic link on its way; the whole mount counts, other users' directories too.
-
-    Raises
-    ------
-    BurstBufferError
-        The path lies in a burst buffer that shows the originals.
+    As it is written, or after any symbolic link on its way; the whole mount counts, other users' directories too. The
+    refusal is a BurstBufferError.
     """
     path = os.fsdecode(path)
     views = [PurePosixPath(view) for view in _views(path if os.path.isabs(path) else os.path.join(os.getcwd(), path))]
@@ -63,10 +59,7 @@ def _views(path: str, links: int = 40) -> Iterator[str]:
 def paths_of_ime(site: sites.Site) -> tuple[str, str]:
     """Where a site's IME shows the files, and the file system behind it: its first, without each user's own part.
 
-    Raises
-    ------
-    BurstBufferError
-        The site's description lacks what is needed to use its IME.
+    BurstBufferError if the site's description lacks what is needed to use its IME.
     """
     needed = ("stage_in_command", "sync_out_command", "purge_command")
     missing = [f"burst_buffer.{name}" for name in needed if not getattr(site.burst_buffer, name)]

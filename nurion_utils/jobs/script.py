@@ -38,22 +38,13 @@ DIRECTIVES = {
 class Job:
     """What to run on which machine; a ValueError in one sentence if the machine cannot run it.
 
-    Attributes
-    ----------
-    source, results
-        Directories on the shared file system, in which ``$USER`` is the user's name: of the data, None for a job
-        without, staged into the burst buffer where the site has one; and of what comes back, `source` with
-        ``-results`` at its end unless given.
-    command
-        What each rank runs, one line of shell; finds the data in ``$DATA``, and puts results into ``$RESULTS``.
-    hours
-        Walltime, rounded up to whole minutes.
-    capacity_gb
-        Space in the burst buffer: of the whole job with DataWarp, of each node with Rabbit. An IME needs none said.
-    queue, application
-        The site's usual queue, and the first application of its list, unless given.
-    environment
-        Variables to export.
+    `source` and `results` are directories on the shared file system, in which ``$USER`` is the user's name: of the
+    data, None for a job without, staged into the burst buffer where the site has one; and of what comes back, `source`
+    with ``-results`` at its end unless given. `command` is what each rank runs, one line of shell; it finds the data in
+    ``$DATA``, and puts results into ``$RESULTS``. `hours` of walltime are rounded up to whole minutes. `capacity_gb` is
+    space in the burst buffer: of the whole job with DataWarp, of each node with Rabbit; an IME needs none said. `queue`
+    and `application` are the site's usual queue and the first application of its list, unless given. The variables of
+    `environment` are exported.
     """
 
     site: sites.Site | str

@@ -129,39 +129,36 @@ class Fabric(Part):
     blocking_percent: float | None = Field(None, ge=0, lt=100)
 
 
-class FileSystem(Part):
-    """A shared file system: files are cut into stripes, which lie on storage targets (Lustre's OSTs)."""
-
+class _Storage(Part):
     path: str
     kind: str
-    bandwidth_gb_per_s: float = Field(gt=0)
-    bandwidth_measured_gb_per_s: float | None = Field(None, gt=0)
-    capacity_pb: float | None = Field(None, gt=0)
-    targets: int | None = Field(None, gt=0)
     metadata_ops_per_s: float | None = Field(None, gt=0)
     stripe_count: int | None = Field(None, gt=0)
     stripe_mib: float | None = Field(None, gt=0)
     timeout_s: float | None = Field(None, gt=0)
 
 
-class BurstBuffer(Part):
+class FileSystem(_Storage):
+    """A shared file system: files are cut into stripes, which lie on storage targets (Lustre's OSTs)."""
+
+    bandwidth_gb_per_s: float = Field(gt=0)
+    bandwidth_measured_gb_per_s: float | None = Field(None, gt=0)
+    capacity_pb: float | None = Field(None, gt=0)
+    targets: int | None = Field(None, gt=0)
+
+
+class BurstBuffer(_Storage):
     """Flash between the nodes and the shared file system; ``back_end`` says how data gets there and back.
 
     ``ime`` by commands in the job, ``datawarp`` and ``rabbit`` by directives to the scheduler, ``posix`` by copying.
     """
 
     back_end: Literal["ime", "datawarp", "rabbit", "posix"]
-    kind: str
-    path: str
     capacity_tb: float | None = Field(None, gt=0)
     capacity_quoted_pb: float | None = Field(None, gt=0)
     bandwidth_gb_per_s: float | None = Field(None, gt=0)
     servers: int | None = Field(None, gt=0)
     server_gb_per_s: float | None = Field(None, gt=0)
-    metadata_ops_per_s: float | None = Field(None, gt=0)
-    stripe_count: int | None = Field(None, gt=0)
-    stripe_mib: float | None = Field(None, gt=0)
-    timeout_s: float | None = Field(None, gt=0)
     # What only an IME has.
     erasure_coding: str | None = None
     mpi_io_prefix: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -19,13 +19,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Site:
-    """Load the description of a site.
-
-    Raises
-    ------
-    SiteError
-        If there is no such site, or its file is wrong; then the message names the file and the entry.
-    """
+    """The description of a site; SiteError if there is none, or its file is wrong, with the file and the entry."""
     if name not in names():
         raise SiteError(f"there is no site {name!r}; the sites that exist are: {', '.join(names())}")
     return read(DIRECTORY / f"{name}.toml")
@@ -50,9 +44,9 @@ def read(path: Path) -> Site:
 
 def _remedy(error: Any) -> str:
     if error["type"] == "extra_forbidden":
-        section = str(error["loc"][0])
-        kind = str(Site.model_fields[section].annotation) if section in Site.model_fields else ""
-        part = next((part for part in Part.__subclasses__() if part.__name__ in kind), Site)
+        section = Site.model_fields.get(error["loc"][0])
+        kinds = (section.annotation, *get_args(section.annotation)) if section else ()
+        part = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Part)), Site)
         known = ", ".join(key for key in part.model_fields if key != "figures")
         return f"no such entry is known here; the known ones are: {known}"
     if error["type"] == "missing":
