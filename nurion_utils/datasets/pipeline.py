@@ -80,8 +80,7 @@ def dataset(
     """
     import tensorflow as tf
 
-    given = {"cycle_length": cycle_length, "prefetch": prefetch, "cache": cache, "batch_size": batch_size}
-    _require_settings(given)
+    _require_settings({"cycle_length": cycle_length, "prefetch": prefetch, "cache": cache, "batch_size": batch_size})
     if epochs is not None:
         whole_number(epochs, "epochs")
     if not (names := [os.fspath(file) for file in files]):

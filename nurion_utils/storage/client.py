@@ -91,9 +91,9 @@ class FileSystemClient:
 
         Returns the target that came last, or failed, and the file that failed if one did.
         """
+        asked_s = time.monotonic()  # not when its bookings could be made, which on busy cores may be late
+        done, failed = [(asked_s, METADATA, None)], []
         with self.shared() as memory:
-            asked_s = time.monotonic()
-            done, failed = [(asked_s, METADATA, None)], []
             for name, length, begins_on in zip(names, lengths, first, strict=True):
                 opened_s, served = self._book(memory, name, METADATA, 0, asked_s, 1 / self.system.metadata_ops_per_s)
                 (done if served else failed).append((opened_s, METADATA, name))
@@ -125,9 +125,10 @@ class FileSystemClient:
     def shared(self) -> Iterator[np.void]:
         """The memory of this `layout`, for nobody else meanwhile; EmulatorError if the file system has ended."""
         with self._open() as file:
+            memory = np.memmap(file, layout(self.system), "r+", shape=1)[0]
             fcntl.flock(file, fcntl.LOCK_EX)
             try:
-                yield np.memmap(file, layout(self.system), "r+", shape=1)[0]
+                yield memory
             finally:
                 fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough, if a child was forked meanwhile
 
