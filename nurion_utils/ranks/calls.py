@@ -1,7 +1,5 @@
 """A call from the notebook, as a rank carries it out; and as the notebook sends it."""
 
-from __future__ import annotations
-
 import traceback
 from typing import Any
 

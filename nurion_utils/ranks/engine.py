@@ -4,10 +4,6 @@ Everything that must happen before TensorFlow, Horovod or MPI are loaded happens
 inherit the pinning only when they start after it.
 """
 
-from __future__ import annotations
-
-import contextlib
-import ctypes
 import faulthandler
 import json
 import os
@@ -19,8 +15,7 @@ from functools import partialmethod
 from pathlib import Path
 
 from nurion_utils.ranks import stalls
-
-PR_SET_PDEATHSIG = 1
+from nurion_utils.ranks.guardian import end_with_parent, mapped_by, remove
 
 
 def cores_by_rank(n: int, cores: list[int]) -> list[list[int]]:
@@ -65,7 +60,7 @@ def main() -> None:
     # The first of these makes mpi4py a communicator of its own, for which it holds Python's lock: nobody could ask a
     # rank that waits there where it is.
     MPI.COMM_WORLD.allreduce(0)
-    remove_shared_memory_names()
+    remove(mapped_by(os.getpid()))  # all have it open; without a name it cannot outlive them
     connection_file = run_directory / "profile" / "security" / "ipcontroller-engine.json"
     while not is_complete(connection_file):
         time.sleep(0.02)  # the guardian ends us if the controller never comes
@@ -104,19 +99,6 @@ def controller() -> None:
     from ipyparallel.controller.app import IPController
 
     IPController.launch_instance()
-
-
-def end_with_parent() -> None:
-    """Have Linux kill this process when its parent ends: the last resort, should the guardian be killed."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def remove_shared_memory_names() -> None:
-    """Once all ranks have MPI's shared memory open, nobody needs its name: without one it cannot outlive them."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if " /dev/shm/" in line:
-            with contextlib.suppress(OSError):
-                os.unlink(line.split(maxsplit=5)[5])
 
 
 def is_complete(path: Path) -> bool:

@@ -1,7 +1,5 @@
 """What launchers and ranks tell each other in environment variables: who a rank is, and how it is set up."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -1,8 +1,5 @@
 """What a reader is told when ranks fail: who did what, where it happened, and nothing about the machinery."""
 
-from __future__ import annotations
-
-import contextlib
 import itertools
 import linecache
 import re
@@ -43,31 +40,21 @@ class HorovodsLog:
     """What rank 0 writes below Python from now on: Horovod says there, and only there, for which ranks it waited."""
 
     def __init__(self, directory: Path) -> None:
-        self._file, self._begin = directory / "rank0.log", 0
-        with contextlib.suppress(OSError):  # it has ended
-            self._begin = self._file.stat().st_size
+        self._file = directory / "rank0.log"
+        self._begin = len(_read(self._file))
 
     def read(self) -> str:
-        with contextlib.suppress(OSError), open(self._file, "rb") as log:
-            log.seek(self._begin)
-            return log.read().decode(errors="replace")
-        return ""
+        return _read(self._file)[self._begin :]
 
 
 class RankError(RuntimeError):
-    """A rank raised, died, or did not finish in time; the message names it and shows its traceback.
-
-    Attributes
-    ----------
-    died : tuple of int
-        The ranks whose processes ended.
-    """
+    """A rank raised, died, or did not finish in time; the message names it and shows its traceback."""
 
     __module__ = "nurion_utils.ranks"  # where the reader finds it
 
     def __init__(self, *words: object, died: Iterable[int] = ()) -> None:
         super().__init__(*words)
-        self.died = tuple(died)
+        self.died = tuple(died)  # the ranks whose processes ended
 
     def _render_traceback_(self) -> list[str]:
         return rendered(self, f"RankError: {self}")

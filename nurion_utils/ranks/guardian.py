@@ -5,6 +5,7 @@ they leave behind (Linux' "child subreaper"). Its standard input is a pipe held 
 that ends, the pipe closes, and the guardian kills all below it, and removes shared memory and the run directory.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -18,6 +19,12 @@ import time
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+prctl = ctypes.CDLL(None).prctl
+
+
+def end_with_parent() -> None:
+    """Have Linux kill this process when its parent ends: the last resort, should the guardian be killed."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def descendants(pid: int) -> list[int]:
@@ -40,16 +47,26 @@ def descendants(pid: int) -> list[int]:
 
 
 def shared_memory_of(pids: list[int]) -> set[str]:
-    """Paths under /dev/shm that the processes have open or mapped and that still have a name."""
+    """Paths under /dev/shm that the processes have open or mapped."""
     paths = set()
     for pid in pids:
-        try:
-            with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
-                paths.update(line.split(maxsplit=5)[5].rstrip("\n") for line in file if " /dev/shm/" in line)
+        with contextlib.suppress(OSError):
+            paths |= mapped_by(pid)
             paths.update(os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd"))
-        except OSError:
-            continue
-    return {path for path in paths if path.startswith("/dev/shm/") and not path.endswith("(deleted)")}
+    return {path for path in paths if path.startswith("/dev/shm/")}
+
+
+def mapped_by(pid: int) -> set[str]:
+    """Paths under /dev/shm that the process has mapped; a name that is gone already ends in "(deleted)"."""
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
+        return {line.split(maxsplit=5)[5].rstrip("\n") for line in file if " /dev/shm/" in line}
+
+
+def remove(paths: set[str]) -> None:
+    """Remove files, as far as they are still there."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def kill_everything_below() -> None:
@@ -59,38 +76,32 @@ def kill_everything_below() -> None:
         # They stop first: what a process makes between a look at it and its end would stay.
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in pids:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-                except ProcessLookupError:
-                    pass
             time.sleep(0.01)
             segments |= shared_memory_of(pids)
         reap()
     reap(options=0)  # waits for those that are still falling
-    for path in segments:
-        try:
-            os.unlink(path)
-        except OSError:
-            pass  # its owner was quicker
+    remove(segments)
 
 
 def reap(options: int = os.WNOHANG) -> None:
     """Collect ended children, adopted ones included: in a container perhaps nobody would after us."""
-    try:
+    with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, options)[0]:
             pass
-    except ChildProcessError:
-        pass
 
 
 def main() -> None:
     run_directory = sys.argv[1]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a Ctrl-C meant for the notebook must not end the clean-up
-    prctl = ctypes.CDLL(None).prctl
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
-        lock = lock_directory(run_directory)  # noqa: F841 (held until this process ends)
+        path = os.path.join(run_directory, "lock")  # in use until this process ends, also by SIGKILL
+        lock = os.open(f"{path}.new", os.O_CREAT | os.O_WRONLY, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(f"{path}.new", path)  # under its name it is never seen without the lock
         request = json.loads(sys.stdin.buffer.raw.readline())
         owner = os.pidfd_open(request["owner"])  # a forked child of the kernel would keep the pipe open
         if os.getppid() != request["owner"]:
@@ -104,8 +115,7 @@ def main() -> None:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    # should the guardian itself be killed, its children go with it
-                    preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
+                    preexec_fn=end_with_parent,
                 )
             with open(os.path.join(run_directory, f"{name}.pid"), "w") as file:
                 file.write(str(process.pid))
@@ -114,15 +124,6 @@ def main() -> None:
     finally:
         kill_everything_below()
         shutil.rmtree(run_directory, ignore_errors=True)
-
-
-def lock_directory(run_directory: str) -> int:
-    """Mark the directory as in use for as long as this process lives, also when it ends by SIGKILL."""
-    path = os.path.join(run_directory, "lock")
-    lock = os.open(f"{path}.new", os.O_CREAT | os.O_WRONLY, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    os.rename(f"{path}.new", path)  # under its name it is never seen without the lock
-    return lock
 
 
 if __name__ == "__main__":

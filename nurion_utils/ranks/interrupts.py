@@ -1,7 +1,5 @@
 """An interrupt is never lost. The face needs this before anything else of this room, so it imports next to nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """``%%px`` with a world's way of waiting; importing it imports ipyparallel."""
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from typing import Any

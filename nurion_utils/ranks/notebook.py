@@ -1,7 +1,5 @@
 """What a notebook shows of a world: one bar of how far its ranks are, as they tell, and ``%%px`` that cannot hang."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -52,8 +50,7 @@ def progress(iterable: Iterable[T], total: int | None = None, description: str =
 
     `total` is the number of items, needed where `iterable` has no length.
     """
-    total = len(iterable) if total is None and _on_rank() else total  # type: ignore[arg-type]
-    tell = meter(total, description)
+    tell = meter(len(iterable) if total is None and _on_rank() else total, description)  # type: ignore[arg-type]
     for item in iterable:
         yield item
         tell(1)

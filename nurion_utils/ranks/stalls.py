@@ -6,8 +6,6 @@ and whether it has been in that one call since it was asked before. It can, beca
 they wait. Nothing is asked, and nothing is slower, as long as all ranks are at work or all have returned.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import dis
@@ -99,29 +97,28 @@ class Call:
         self.notice = ""  # what the reader is to be told meanwhile
         self._directory = directory
         self._finished: list[int] = []
-        self._since_s = self._asked_s = 0.0
+        self.since_s = self._asked_s = 0.0  # since the last rank returned
         self._log = failures.HorovodsLog(directory)
 
     def stall(self, finished: list[int], waiting: list[int]) -> str:
         """One sentence, if it has been so for `NOTICE_S`."""
         now_s = time.monotonic()
         if finished != self._finished:
-            self._finished, self._since_s, self._log = finished, now_s, failures.HorovodsLog(self._directory)
-        if not finished or now_s - self._since_s < ASK_AFTER_S or now_s - self._asked_s < ASK_EVERY_S:
+            self._finished, self.since_s, self._log = finished, now_s, failures.HorovodsLog(self._directory)
+        if not finished or now_s - self.since_s < ASK_AFTER_S or now_s - self._asked_s < ASK_EVERY_S:
             return ""
         answers, self._asked_s = [self._ask(rank) for rank in waiting], now_s
         calls = {call for call, asked in answers if asked >= ASKED}
-        if now_s - self._since_s < NOTICE_S or not (all(a >= ASKED for _, a in answers) or self._missed(finished)):
+        # Of a call in a graph Horovod alone knows: it logs that it misses just ranks that have returned.
+        missed = failures.missing(self._log.read())
+        in_vain = all(asked >= ASKED for _, asked in answers) or (missed and missed <= set(finished))
+        if now_s - self.since_s < NOTICE_S or not in_vain:
             return ""
         has, waits = ("has", "have")[len(finished) > 1], ("waits", "wait")[len(waiting) > 1]
         return (
             f"{failures.numbered(finished)} {has} finished, and {failures.numbered(waiting)} {waits} in "
             f"{' and '.join(sorted(calls)) or 'a collective of Horovod'}: every rank must call the same collectives"
         )
-
-    def stalled_s(self) -> float:
-        """Seconds since the last rank returned."""
-        return time.monotonic() - self._since_s
 
     def _ask(self, rank: int) -> tuple[str, int]:
         """Ask a rank, and take its answer to the question before."""
@@ -134,7 +131,3 @@ class Call:
             os.write(fifo, b"?")
             os.close(fifo)
         return found["call"], found["asked"]
-
-    def _missed(self, finished: list[int]) -> bool:
-        """Whether Horovod has logged since then that it misses just ranks that have returned, in a graph's call too."""
-        return bool(ranks := failures.missing(self._log.read())) and ranks <= set(finished)

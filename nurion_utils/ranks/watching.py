@@ -1,7 +1,5 @@
 """Nothing hangs: ranks that die, that raise while others wait for them, or that return while others wait for them."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading
@@ -100,7 +98,7 @@ class Watcher:
                 if time.monotonic() - call.raised_s > GRACE_S:
                     self._break(failures.raised(errors, self._n, result.horovods_log), waiting)
             elif story := call.stall([rank for rank in range(self._n) if rank not in waiting], waiting):
-                if call.stalled_s() > STALL_LIMIT_S or not notebook.somebody_watches():
+                if time.monotonic() - call.since_s > STALL_LIMIT_S or not notebook.somebody_watches():
                     self._break(story, waiting)
                 elif not call.notice:
                     call.notice = f"{story}{self._processes.where(waiting)}"

@@ -34,6 +34,9 @@ T = TypeVar("T")
 def start(n: int, env: dict[str, str] | None = None, cores_per_rank: int | None = None) -> World:
     """Start `n` MPI ranks on this machine and wait until they answer; ``%%px`` cells then run on them.
 
+    ValueError, before anything is started, for numbers or variables that are not possible; RankError if the ranks do
+    not start.
+
     Parameters
     ----------
     n
@@ -45,13 +48,6 @@ def start(n: int, env: dict[str, str] | None = None, cores_per_rank: int | None 
     cores_per_rank
         Cores of each rank's own; by default an equal share of all. Fewer let a small world stand for a part of
         a larger one, as measuring scaling needs.
-
-    Raises
-    ------
-    ValueError
-        The number of ranks or cores or an environment variable is not possible; nothing was started.
-    RankError
-        The ranks did not start.
     """
     with no_interrupt_lost():
         machine = sites.load("local")
@@ -72,15 +68,7 @@ def start(n: int, env: dict[str, str] | None = None, cores_per_rank: int | None 
 
 
 class World(contextlib.AbstractContextManager):
-    """Started ranks. Use it as a context manager, or call `stop`.
-
-    Attributes
-    ----------
-    n : int
-        Number of ranks.
-    client : ipyparallel.Client
-        The connection underneath, for everything that ipyparallel offers. Calls through it take no turns with others.
-    """
+    """`n` started ranks. Use it as a context manager, or call `stop`."""
 
     def __init__(self, shares: list[list[int]], env: dict[str, str]) -> None:
         self.n = len(shares)
@@ -91,15 +79,9 @@ class World(contextlib.AbstractContextManager):
     def run(self, function: Callable[..., T], *args: Any, timeout_s: float | None = None) -> list[T]:
         """Run ``function(*args)`` on every rank and return the results in rank order.
 
-        Threads may call it at the same time: their calls are run one after the other.
-
-        Parameters
-        ----------
-        function, args
-            Pickled by value, so functions written in a notebook cell will do.
-        timeout_s
-            After this time, not counting what calls of other threads take before, the ranks are stopped and
-            `RankError` says where each one was.
+        Threads may call it at the same time: their calls are run one after the other. Function and arguments are
+        pickled by value, so functions written in a notebook cell will do. After `timeout_s`, not counting what calls
+        of other threads take before, the ranks are stopped and `RankError` says where each one was.
 
         Raises
         ------
@@ -139,6 +121,7 @@ class World(contextlib.AbstractContextManager):
 
     @property
     def client(self) -> Any:
+        """The `ipyparallel.Client` underneath, with all that it offers. Calls through it take no turns with others."""
         self._require_running()
         return self._client
 
@@ -156,17 +139,16 @@ class World(contextlib.AbstractContextManager):
         self._resources = contextlib.ExitStack()  # what must be closed, also when nobody calls stop()
         weakref.finalize(self, close_for, os.getpid(), self._resources)
         try:
-            self._processes = LocalRanks(self._shares, self._env, self._resources)
-            self._connect()
+            self._connect(LocalRanks(self._shares, self._env, self._resources))
         except BaseException:
             self.stop()
             raise
 
-    def _connect(self) -> None:
+    def _connect(self, processes: LocalRanks) -> None:
         import cloudpickle  # noqa: F401 (so that the first call, too, finds nothing to import)
         import ipyparallel  # 0.5 s of imports, while the ranks are starting
 
-        processes = self._processes
+        self._processes = processes
         while not is_complete(processes.connection_file):
             processes.require_starting()
         self._client = ipyparallel.Client(str(processes.connection_file), timeout=START_TIMEOUT_S)

@@ -9,7 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from nurion_utils.ranks.engine import cores_by_rank, end_with_parent
+from nurion_utils.ranks.engine import cores_by_rank
+from nurion_utils.ranks.guardian import end_with_parent
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from urllib.request import urlopen
 
 import cloudpickle
 from horovod.runner.common.util.hosts import INVALID_SLOT_INFO, SlotInfo
-from horovod.runner.elastic.rendezvous import GET_RANK_AND_SIZE, PUT_WORKER_ADDRESSES
-from horovod.runner.gloo_run import create_run_env_vars
+from horovod.runner.elastic.rendezvous import GET_RANK_AND_SIZE
+from horovod.runner.gloo_run import create_run_env_vars, create_slot_env_vars
 from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
 from nurion_utils.ranks.calls import pickle_call
@@ -33,9 +33,9 @@ GLOO_TIMEOUT_S = 10
 
 # The rank ends with the thread that started it, from before its slow imports on.
 START = (
-    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
+    "import os, sys; from nurion_utils.ranks.guardian import end_with_parent; end_with_parent(); "
     "os.getppid() == int(sys.argv[1]) or os._exit(1); "
-    "from nurion_utils.ranks.launchers.elastic import _work; _work(int(sys.argv[2]))"
+    "from nurion_utils.ranks.launchers.elastic import _work; _work()"
 )
 
 
@@ -46,6 +46,7 @@ def elastic_launch(
 
     The ranks talk over Gloo and the loopback interface. What they print is kept for error messages only.
     A rank that is killed counts as a lost node. One that raises has a mistake, which ends the launch.
+    Returned are the results of the ranks that lived to the end, in rank order.
 
     Parameters
     ----------
@@ -56,11 +57,6 @@ def elastic_launch(
         Ranks to start with, and fewest ranks to go on with.
     timeout_s
         Longest time in all, in seconds; None waits without limit.
-
-    Returns
-    -------
-    list
-        The results of the ranks that lived to the end, in rank order.
 
     Raises
     ------
@@ -132,29 +128,26 @@ class _Worker:
         settings = {
             **rank_environment(threads),
             **create_run_env_vars("127.0.0.1", ["lo"], port, elastic=True),
-            "HOROVOD_HOSTNAME": slot.hostname,
-            "HOROVOD_LOCAL_RANK": slot.local_rank,
+            **create_slot_env_vars(slot),
             "HOROVOD_GLOO_TIMEOUT_SECONDS": GLOO_TIMEOUT_S,
             "no_proxy": ",".join(filter(None, ["127.0.0.1", os.environ.get("no_proxy")])),
         }
-        self._log, self._outcome = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-        with tempfile.TemporaryFile() as stdin:
-            stdin.write(payload)
-            stdin.seek(0)
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", START, str(os.getpid()), str(self._outcome.fileno())],
-                stdin=stdin,
-                stdout=self._log,
-                stderr=subprocess.STDOUT,
-                env=own_environment() | {name: str(value) for name, value in settings.items()},
-                pass_fds=[self._outcome.fileno()],
-                start_new_session=True,
-            )
+        self._log, self._task = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self._task_bytes = self._task.write(payload)  # the outcome comes behind it
+        self._task.seek(0)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", START, str(os.getpid())],
+            stdin=self._task,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=own_environment() | {name: str(value) for name, value in settings.items()},
+            start_new_session=True,
+        )
 
     def outcome(self) -> tuple[bool, Any] | None:
         """(True, result) or (False, what went wrong), or None from a rank that was killed."""
-        self._outcome.seek(0)
-        if data := self._outcome.read():
+        self._task.seek(self._task_bytes)
+        if data := self._task.read():
             return cloudpickle.loads(data)
         return None if self.process.returncode < 0 else (False, self.end())
 
@@ -169,10 +162,11 @@ class _Worker:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         self._log.close()
-        self._outcome.close()
+        self._task.close()
 
 
-def _work(outcome: int) -> None:
+def _work() -> None:
+    """On a rank: run what standard input holds, and write down in the same file, behind it, what came of it."""
     try:
         function, args = cloudpickle.load(sys.stdin.buffer)
         import horovod.tensorflow as hvd  # only here: the process that launches has no use for TensorFlow
@@ -183,7 +177,7 @@ def _work(outcome: int) -> None:
         hvd.shutdown()
     except BaseException:  # sys.exit() of one rank too must not pass for its end
         data = cloudpickle.dumps((False, traceback.format_exc()))
-    with open(outcome, "wb") as file:
+    with open(0, "ab") as file:
         file.write(data)
     sys.stdout.flush()
     os._exit(0)  # TensorFlow would take seconds to put itself away
@@ -215,11 +209,6 @@ class Rendezvous:
                 if scope != GET_RANK_AND_SIZE:
                     return super()._get_value(scope, key)
                 return rendezvous._next_slot(key.partition(":")[0]).to_response_string().encode()
-
-            def _put_value(self, scope: str, key: str, value: bytes) -> None:
-                # Where to announce new hosts: there will be none.
-                if scope != PUT_WORKER_ADDRESSES:
-                    super()._put_value(scope, key, value)
 
         self._server = RendezvousHTTPServer((address, 0), Handler, 0)
         self._server.daemon_threads = True

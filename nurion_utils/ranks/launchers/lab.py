@@ -43,6 +43,9 @@ class LabError(RankError):
 def start(n: int, rate_mbit: float = 100.0) -> Lab:
     """Build a network of `n` hosts with one MPI rank each; use it in a ``with`` statement.
 
+    ValueError, before anything is started, for other numbers; LabError, with what is missing, if this machine does not
+    allow it.
+
     Parameters
     ----------
     n
@@ -50,13 +53,6 @@ def start(n: int, rate_mbit: float = 100.0) -> Lab:
     rate_mbit
         What each host can send, and at the same time receive, in 10^6 bits per second, 1 to 10,000. 2 cores keep
         up with 8 hosts at 100.
-
-    Raises
-    ------
-    ValueError
-        The number of ranks or the rate is not possible; nothing was started.
-    LabError
-        This machine does not allow it; says what is missing.
     """
     n = whole_number(n, "the number of ranks in a lab", least=2, most=MAX_RANKS)
     return Lab(n, number(rate_mbit, "rate_mbit", least=1, most=10_000))
@@ -81,15 +77,9 @@ class Lab(contextlib.AbstractContextManager):
     def run(self, function: Callable[..., T], *args: Any, timeout_s: float | None = None) -> list[T]:
         """Run ``function(*args)`` on every rank and return the results in rank order, as `World.run` does.
 
-        On the ranks ``mpi4py.MPI.COMM_WORLD`` is the lab. What they print is not shown: return it.
-
-        Raises
-        ------
-        TypeError, ValueError
-            The function, an argument or the time cannot be used; nothing ran.
-        LabError
-            A rank raised, died, or was late: not ready after `timeout_s`. The lab can be used further where all ranks
-            came back from the call; else it is closed, and the error says where each rank was.
+        On the ranks ``mpi4py.MPI.COMM_WORLD`` is the lab. What they print is not shown: return it. LabError if a rank
+        raised, died, or was not ready after `timeout_s`. The lab can be used further where all ranks came back from
+        the call; else it is closed, and the error says where each rank was.
         """
         import cloudpickle
 

@@ -19,6 +19,11 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+if __name__ != "__main__":  # the notebook's part
+    from nurion_utils.ranks import failures
+    from nurion_utils.ranks.environment import own_environment, rank_environment
+    from nurion_utils.ranks.failures import RankError
+
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 10.0
 TICK_S = 0.1
@@ -79,9 +84,6 @@ def start(ranks: int, rate_mbit: float, resources: contextlib.ExitStack) -> tupl
 
     Closing `resources` ends it all. Raises `RankError`.
     """
-    from nurion_utils.ranks.environment import own_environment, rank_environment
-    from nurion_utils.ranks.failures import RankError
-
     environment = {
         **own_environment(),
         **rank_environment(threads=1),
@@ -140,8 +142,6 @@ def _start(
     try:
         answer, descriptors, *_ = socket.recv_fds(notebook, 4096, 2)
     except TimeoutError:
-        from nurion_utils.ranks.failures import RankError
-
         raise RankError(f"the network lab was not built within {START_TIMEOUT_S:.0f} s") from None
     for descriptor in descriptors:
         resources.callback(os.close, descriptor)
@@ -157,8 +157,6 @@ def _meet(
     ranks: int, listener: int, process: subprocess.Popen[bytes], shm: Path, resources: contextlib.ExitStack
 ) -> tuple[list[Connection], list[int]]:
     """Wait until all ranks have answered."""
-    from nurion_utils.ranks import failures
-
     found: dict[int, tuple[Connection, int]] = {}
     names = [f"rank{rank}" for rank in range(ranks)]
     deadline = time.monotonic() + START_TIMEOUT_S
@@ -166,10 +164,9 @@ def _meet(
         waiting.settimeout(TICK_S)
         while len(found) < ranks:
             if ended := [name for name in names if (shm / f"{name}.status").exists()]:
-                raise failures.RankError(f"the ranks of the lab did not start: {failures.ended(ended, shm)}")
+                raise RankError(f"the ranks of the lab did not start: {failures.ended(ended, shm)}")
             if process.poll() is not None or time.monotonic() > deadline:
-                words = failures.last_output(["mpiexec", *names], shm)
-                raise failures.RankError(f"the ranks of the lab did not start{words}")
+                raise RankError(f"the ranks of the lab did not start{failures.last_output(['mpiexec', *names], shm)}")
             with contextlib.suppress(TimeoutError):
                 rank_socket, _ = waiting.accept()
                 rank_socket.setblocking(True)

@@ -1,7 +1,5 @@
 """Ranks on this machine: MPICH's launcher below a guardian, and what a world needs to know of their processes."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json
@@ -39,6 +37,7 @@ class LocalRanks:
         self._deadline_s = time.monotonic() + START_TIMEOUT_S
         # An interrupt may come between any two lines: what must be undone is noted down before it is done.
         self.directory = Path(tempfile.gettempdir(), f"nurion-{secrets.token_hex(6)}")
+        self.connection_file = self.directory / "profile" / "security" / "ipcontroller-client.json"
         resources.callback(shutil.rmtree, self.directory, ignore_errors=True)
         self.directory.mkdir(mode=0o700)
         resources.callback(self.end)
@@ -49,17 +48,7 @@ class LocalRanks:
             stderr=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C in a terminal is for the notebook, not for the clean-up
         )
-        own = {"IPYTHONDIR": str(self.directory / "ipython"), "TMPDIR": str(self.directory)}
-        request = {
-            "owner": os.getpid(),
-            "commands": {"controller": self._controller(), "mpiexec": self._engines(shares)},
-            "env": {**own_environment(), **own, **env},
-        }
-        self._guardian.stdin.write(json.dumps(request).encode() + b"\n")
-        self._guardian.stdin.flush()
-
-    def _controller(self) -> list[str]:
-        return [
+        controller = [
             *[sys.executable, "-P", "-c", "from nurion_utils.ranks.engine import controller; controller()"],
             f"--profile-dir={self.directory / 'profile'}",
             *["--ip=127.0.0.1", "--location=127.0.0.1", "--usethreads", "--nodb", "--log-level=ERROR"],
@@ -70,18 +59,20 @@ class LocalRanks:
             # try for ever, and be taken for a peer by whoever is given that port next, such as Gloo.
             *["--TaskScheduler.scheme_name=pure", "--IPController.broadcast_scheduler_depth=0"],
         ]
-
-    def _engines(self, shares: list[list[int]]) -> list[str]:
-        return [
+        engines = [
             # MPICH's launcher for one machine: it forks the ranks itself and, unlike Hydra, opens no port
             *[str(Path(sys.prefix) / "bin" / "mpiexec.gforker"), "-n", str(self.n)],
             # -P: this package's modules must not be importable as `ranks` or `training`
             *[sys.executable, "-P", str(HERE / "engine.py"), str(self.directory), json.dumps(shares)],
         ]
-
-    @property
-    def connection_file(self) -> Path:
-        return self.directory / "profile" / "security" / "ipcontroller-client.json"
+        own = {"IPYTHONDIR": str(self.directory / "ipython"), "TMPDIR": str(self.directory)}
+        request = {
+            "owner": os.getpid(),
+            "commands": {"controller": controller, "mpiexec": engines},
+            "env": {**own_environment(), **own, **env},
+        }
+        self._guardian.stdin.write(json.dumps(request).encode() + b"\n")
+        self._guardian.stdin.flush()
 
     def require_starting(self) -> None:
         """Pause for a moment, or raise RankError when waiting for the ranks has become useless."""
