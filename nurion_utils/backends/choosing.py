@@ -4,8 +4,6 @@
 'ring'
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -104,6 +102,8 @@ def settings(
 ) -> dict[str, str]:
     """Environment variables that make Horovod run over a backend: what `init` sets, and what a job script exports.
 
+    ValueError for an argument that is not possible.
+
     Parameters
     ----------
     backend
@@ -117,11 +117,6 @@ def settings(
         0 packs none; None as above.
     timeline
         File that rank 0 writes Horovod's timeline to. It is complete after `shutdown`.
-
-    Raises
-    ------
-    ValueError
-        An argument is not possible.
     """
     backend = known(backend)
     file = isinstance(timeline, str | os.PathLike) and os.fspath(timeline)

@@ -4,29 +4,23 @@
 >>> timing.ratios(table, "MPI", "backend", by=["size_bytes"])  # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
+import pandas as pd
 
 import nurion_utils.ranks
 from nurion_utils import timing
 from nurion_utils._checks import positive, whole_number
 from nurion_utils.backends.choosing import Backend, BackendError, named, settings
 from nurion_utils.backends.process import init, shutdown
-from nurion_utils.ranks import RankError
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from nurion_utils.ranks import World
-    from nurion_utils.ranks.launchers.lab import Lab
+from nurion_utils.ranks import RankError, World
+from nurion_utils.ranks.launchers.lab import Lab
 
 T = TypeVar("T")
 
@@ -48,7 +42,9 @@ def measure_backends(
     """Time Horovod's allreduce of one float32 tensor over several backends, which take turns.
 
     Each backend has ranks of its own, started and ended here. Each first reduces with Horovod's timeline on, which says
-    what really carried the tensor; the sums are compared with the exact ones.
+    what really carried the tensor: BackendError if that is not what the backend stands for. The sums are compared with
+    the exact ones: RankError if one is wrong, a rank raises otherwise, or ranks die twice. ValueError, before anything
+    is started, for an argument that is not possible.
 
     Parameters
     ----------
@@ -70,18 +66,7 @@ def measure_backends(
         ``bus_bandwidth_gb_per_s``, ``2 (P-1)/P * size / time`` as NVIDIA's nccl-tests define it, which a perfect ring
         keeps constant whatever the number of ranks; ``absent``: why this backend could not be measured (its rows have
         no time then), else empty.
-
-    Raises
-    ------
-    ValueError
-        An argument is not possible; nothing was started.
-    BackendError
-        Horovod used another operation than the backend stands for.
-    RankError
-        A rank raised, such as for a wrong sum, or ranks died twice.
     """
-    import pandas as pd
-
     chosen = named(backends)
     sizes = [whole_number(size, "a size in bytes", 4, LONGEST_BYTES) for size in _each_once(sizes_bytes, "sizes_bytes")]
     if bad := [size for size in sizes if size % 4]:

@@ -27,11 +27,8 @@ _before: dict[str, str | None] = {}  # the environment before Horovod was starte
 def init(backend: str | Backend = "MPI", **how: Any) -> None:
     """Start Horovod on this rank over a backend; every rank calls it, and a Horovod that runs is ended first.
 
-    Parameters
-    ----------
-    backend, **how
-        ``cycle_ms``, ``fusion_bytes``, ``timeline``: as of `settings`, the same on all ranks. The file is one of rank
-        0's, relative to the folder that it runs in.
+    Arguments are those of `settings`, the same on all ranks. The file of the timeline is one of rank 0's, relative to
+    the folder that it runs in.
 
     Raises
     ------

@@ -1,7 +1,5 @@
 """What ``data/backends.csv`` and ``data/resnet_epochs.csv`` hold: other numbers of ranks, memory and networks."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from nurion_utils.backends.choosing import BACKENDS, GLOO_AS_SHIPPED, KEEP_MEMORY, Backend

@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 import nurion_utils.ranks
 from nurion_utils import timing
@@ -21,16 +22,14 @@ from nurion_utils.backends import choosing
 from nurion_utils.backends.choosing import Backend, named
 from nurion_utils.backends.measuring import TIMEOUT_S, BackendWorlds, written_by_rank_0
 from nurion_utils.backends.process import init, shutdown
+from nurion_utils.ranks import World
 from nurion_utils.ranks.launchers import lab
 from nurion_utils.training import models
 from nurion_utils.training.memory import FUSION_BUFFER_BYTES
 
 if TYPE_CHECKING:
     import keras
-    import pandas as pd
     import tensorflow as tf
-
-    from nurion_utils.ranks import World
 
 DEFAULTS = {"fusion_bytes": FUSION_BUFFER_BYTES, "cycle_ms": 1.0, "compression": "none", "timeline": False}
 BATCH = 4  # samples per rank of measure_fusion
@@ -48,6 +47,8 @@ def measure_fusion(
 
     A step computes the gradients of the mean square of a model's outputs for random inputs, 4 samples per rank, and
     averages them over the ranks, each gradient submitted by itself as soon as it is there. The weights are not updated.
+    ValueError, before anything runs, for a setting that is not possible; RankError if a rank raises, such as for a
+    wrong average, or the ranks take too long.
 
     Parameters
     ----------
@@ -63,16 +64,7 @@ def measure_fusion(
         One row per observation: ``setting`` (its number), ``fusion_bytes, cycle_ms, compression, timeline, repeat``;
         ``step_s``, of the slowest rank; ``compute_s``, the same without Horovod, measured just before;
         ``gradient_bytes`` of a step.
-
-    Raises
-    ------
-    ValueError
-        A setting is not possible; nothing ran.
-    RankError
-        A rank raised, such as for a wrong average, or the ranks took too long.
     """
-    import pandas as pd
-
     turns = list(timing.turns(list(enumerate(_complete(settings))), whole_number(repeats, "repeats")))
     times = world.run(_measured, model, [setting for _, (_, setting) in turns], timeout_s=2 * TIMEOUT_S)[0]
     rows = [
@@ -167,11 +159,10 @@ def measure_epochs(
     The experiment of the founding paper, small. A step computes the gradients, averages all 161 of them in one group as
     `DistributedOptimizer` does, and updates the weights by SGD with momentum. The three parts are timed one by one,
     which hides nothing: a group is reduced when its last gradient is there, so that communication does not overlap.
+    Backends, ranks and errors are as of `measure_backends`; LabError if there can be no lab here.
 
     Parameters
     ----------
-    backends, ranks
-        As for `measure_backends`.
     image, batch, steps, repeats
         Pixels along an edge, from 32 up, which leave the gradients at 102 MB; images per rank and step; steps of an
         epoch; epochs per backend.
@@ -184,16 +175,7 @@ def measure_epochs(
         One row per epoch: ``backend, ranks, image, batch_per_rank, repeat``; ``epoch_s`` (of the slowest rank);
         ``communication_s``, the part of it in the averaging, in which a rank also waits for a slower one;
         ``communication_share``; ``images_per_s`` of all ranks; ``absent``: why a backend could not be measured.
-
-    Raises
-    ------
-    ValueError, RankError
-        As of `measure_backends`.
-    LabError
-        There can be no lab here.
     """
-    import pandas as pd
-
     chosen = named(backends)
     ranks, image = whole_number(ranks, "ranks", 2), whole_number(image, "image", 32)
     batch, steps, repeats = whole_number(batch, "batch"), whole_number(steps, "steps"), whole_number(repeats, "repeats")

@@ -1,20 +1,16 @@
 """Pictures of Horovod's timeline."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from nurion_utils import style
 from nurion_utils._checks import require_columns
 from nurion_utils.backends.timeline.overlap import intervals, merge
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 ALWAYS_SHOWN = ["compute", "negotiate", "fuse", "wire", "unfuse"]  # lanes; others if there is something in them
 MOST_RANKS = 16  # more do not fit a page
@@ -37,15 +33,9 @@ def timeline(
 
     `table` is as of `read`, `compute` as of `steps`, and drawn is what lies between `first_s` and `last_s`, in seconds
     since the start of the timeline; None stands for the first and the last span. What is less than a thousandth of the
-    picture apart is drawn as one. The lane "wire" has the numbers of the buffers, where there is room.
-
-    Raises
-    ------
-    ValueError
-        A column is missing, there are more than 16 ranks, or there is nothing to draw.
+    picture apart is drawn as one. The lane "wire" has the numbers of the buffers, where there is room. ValueError if a
+    column is missing, there are more than 16 ranks, or there is nothing to draw.
     """
-    import matplotlib.pyplot as plt
-
     lanes = _lanes(table, compute)
     begin, end = (np.concatenate(times) for times in zip(*(intervals(rows) for *_, rows in lanes), strict=True))
     first_s = begin.min(initial=math.inf) if first_s is None else first_s

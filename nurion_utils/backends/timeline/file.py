@@ -4,8 +4,6 @@ Read here is what Horovod 0.28.1 writes, by its horovod/common/timeline.cc: Chro
 each tensor. Such a file may break off anywhere: at shutdown the writer drops what it has not written yet.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import re
@@ -66,10 +64,8 @@ class TimelineError(ValueError):
 def read(path: str | Path) -> pd.DataFrame:
     """The spans of a Horovod timeline, in the order in which they ended.
 
-    Parameters
-    ----------
-    path
-        What HOROVOD_TIMELINE or ``hvd.start_timeline`` named. The file may be cut off, as if its run was killed.
+    The file is what HOROVOD_TIMELINE or ``hvd.start_timeline`` named. It may be cut off, as if its run was killed; one
+    that is missing, empty, not a timeline, or malformed otherwise is a `TimelineError`.
 
     Returns
     -------
@@ -93,11 +89,6 @@ def read(path: str | Path) -> pd.DataFrame:
 
         Its ``attrs`` are ``epoch_s``, the start in seconds since 1970 (NaN if the file is cut off before it), and
         ``unfinished``, the number of spans without an end, which are left out.
-
-    Raises
-    ------
-    TimelineError
-        The file is missing, empty, not a timeline, or malformed other than by being cut off.
     """
     entries = _entries(path)
     numbers: dict[tuple[str, str], int] = defaultdict(lambda: len(numbers))  # few kinds, numbered as they come

@@ -1,7 +1,5 @@
 """What the communication in a timeline came to in each training step, and how much of it delayed the step."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -15,15 +13,12 @@ def steps(table: pd.DataFrame, compute: pd.DataFrame) -> pd.DataFrame:
     """What the communication of each training step came to, and how much of it the step had to wait for.
 
     A step lasts from its first computation to that of the next step; the last one to the end of its last computation or
-    operation, so leave out of the table what came after the training.
+    operation, so leave out of the table what came after the training. ValueError if columns are missing, times of
+    `compute` cannot be, or its steps do not come one after the other.
 
-    Parameters
-    ----------
-    table
-        As of `read`.
-    compute
-        When rank 0 computed: ``step, start_s, duration_s``; if there is a column ``rank``, its rows of rank 0 count.
-        On the clock of the timeline: subtract ``table.attrs["epoch_s"]`` from seconds since 1970.
+    `table` is as of `read`. `compute` says when rank 0 computed: ``step, start_s, duration_s``; if there is a column
+    ``rank``, its rows of rank 0 count. It is on the clock of the timeline: subtract ``table.attrs["epoch_s"]`` from
+    seconds since 1970.
 
     Returns
     -------
@@ -31,11 +26,6 @@ def steps(table: pd.DataFrame, compute: pd.DataFrame) -> pd.DataFrame:
         One row per step: ``step, step_s``; ``compute_s``, in which rank 0 computed; ``communication_s``, in which an
         operation was under way, and ``exposed_s``, the part of that in which rank 0 did not compute; ``tensors,
         buffers, tensors_per_buffer`` of the buffers that began in the step.
-
-    Raises
-    ------
-    ValueError
-        If columns are missing, times of compute cannot be, or its steps do not come one after the other.
     """
     require_columns(table, ["phase", "start_s", "duration_s", "buffer"])
     starts, computing = _compute_of_rank_0(compute)
