@@ -1,7 +1,5 @@
 """Batch normalisation in data parallelism: statistics over all ranks, or over groups as each rank alone has them."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

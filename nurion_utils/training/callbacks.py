@@ -4,8 +4,6 @@ They talk over Horovod; over MPI if it cannot be imported, or if the optimizer h
 `hvd.init`.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 
 import keras

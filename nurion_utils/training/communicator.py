@@ -1,7 +1,5 @@
 """How ranks exchange what is not a gradient: over Horovod, or over MPI where training does without Horovod."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os
@@ -9,12 +7,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import keras
 import numpy as np
-
-if TYPE_CHECKING:
-    import keras
 
 try:
     import horovod.tensorflow as hvd

@@ -6,8 +6,6 @@ training returns early as if it had ended well, and its launcher wants ssh and a
 state, a ``run`` and a launcher without these faults.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ import keras
 import tensorflow as tf
 from horovod.common.elastic import ObjectState, run_fn
 from horovod.common.exceptions import HorovodInternalError
+from horovod.tensorflow.elastic import _reset as reset
 
 from nurion_utils.ranks.launchers.elastic import elastic_launch as elastic_launch
 from nurion_utils.training.callbacks import all_variables, broadcast_model
@@ -79,7 +78,7 @@ def elastic_run(function: Callable) -> Callable:
         with _broken_connection_as_horovod_error():
             return function(state, *args, **kwargs)
 
-    return run_fn(attempt, _join_anew)
+    return run_fn(attempt, reset)
 
 
 @contextlib.contextmanager
@@ -91,8 +90,3 @@ def _broken_connection_as_horovod_error() -> Iterator[None]:
         if "Horovod has been shut down" not in str(error):
             raise
         raise HorovodInternalError(str(error)) from error
-
-
-def _join_anew() -> None:
-    hvd.shutdown()
-    hvd.init()

@@ -5,8 +5,6 @@ the hook sits where Keras 3 passes by once per update, between the accumulation 
 ranks with a batch of B take the same steps as one rank with a batch of P x B.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any

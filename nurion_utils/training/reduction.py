@@ -1,18 +1,14 @@
 """How gradients are averaged over the ranks: by Horovod, or by a function of one's own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from nurion_utils.training.communicator import communicator, hvd, is_alone, outline, require_alike
-
-if TYPE_CHECKING:
-    import keras
 
 
 def kind_of(gradient: Any) -> str:
