@@ -31,8 +31,7 @@ def hold_shared_memory():
     from mpi4py import MPI
     window = MPI.Win.Allocate_shared(1 << 20, comm=MPI.COMM_WORLD)
     window.tomemory()[:] = bytes(1 << 20)
-    opened = open(f"/dev/shm/nurion-test-{os.getpid()}", "w")  # as a segment is for a moment, before it is mapped
-    MPI.held = window, opened
+    MPI.held = window
 
 world = ranks.start(2)
 world.run(hold_shared_memory)
@@ -148,6 +147,16 @@ def test_an_interrupted_script_leaves_nothing(traces: Traces) -> None:
     until_ready(script)
     script.send_signal(signal.SIGINT)
     assert script.wait(timeout=PATIENCE_S) == -signal.SIGINT
+    traces.assert_gone()
+
+
+def test_shared_memory_that_is_open_but_not_mapped_yet_goes_with_a_killed_script(traces: Traces) -> None:
+    code = "world.run(lambda: setattr(sys, 'held', open(f'/dev/shm/nurion-test-{os.getpid()}', 'w')))\n"
+    script = run_script(traces, START + code + AT_WORK)
+    until_ready(script)
+    assert len(list(Path("/dev/shm").glob("nurion-test-*"))) == 2
+    script.kill()
+    script.wait()
     traces.assert_gone()
 
 
