@@ -156,8 +156,8 @@ class StagePlan:
         less than its largest file.
         """
         costs = [file.size + FILE_COST_BYTES for file in self.files]
-        ends = itertools.accumulate(costs)
-        return tuple((2 * end - cost) * self.ranks // (2 * sum(costs)) for end, cost in zip(ends, costs, strict=True))
+        ends, total = itertools.accumulate(costs), sum(costs)
+        return tuple((2 * end - cost) * self.ranks // (2 * total) for end, cost in zip(ends, costs, strict=True))
 
     @property
     def bytes(self) -> int:
