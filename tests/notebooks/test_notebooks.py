@@ -16,9 +16,10 @@ NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 RUN = "import pathlib, sys, notebooks; sys.exit(notebooks.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
 # Cells that are off by default are switched on; repetitions and sizes that no claim of the notebook needs are fewer.
 WISHES = {
-    "01": {"failure_labs": "True", "timing_rounds": "3"},
+    "01": {"failure_labs": "True", "timing_rounds": "3", "volume_epochs": "8"},
     "03": {"turns": "2", "sizes": "[4096, 1048576, 67108864]", "image": "32", "epoch_steps": "1"},
-    "04": {"reader_counts": "[1, 4, 32]", "pipeline_repeats": "1"},
+    "04": {"n_volumes": "64", "reader_counts": "[1, 4, 32]", "pipeline_steps": "8", "pipeline_repeats": "1"},
+    "05": {"n_seeds": "2", "live_batches": "[2048]", "search_trials": "8"},
 }
 NOISE = re.compile(r"absl::InitializeLog|oneDNN|Warning|DEPRECATED|\d+%\|")
 
