@@ -16,6 +16,7 @@ import hypothesis
 import pytest
 
 from nurion_utils import ranks
+from nurion_utils.ranks.guardian import mapped_by, remove
 from nurion_utils.ranks.launchers import lab
 
 # A test run in the background may have been told to ignore interrupts, and what it starts would ignore them too.
@@ -40,6 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest file first, or it would still run when all others have ended; beside it those that wait the most.
     early = ["notebooks", "ranks"]
     items.sort(key=lambda item: early.index(folder) if (folder := item.path.parent.name) in early else len(early))
+
+
+def pytest_sessionfinish() -> None:
+    """MPI in this process has memory with a name, which would stay if xdist lost patience with the process' end."""
+    remove(mapped_by(os.getpid()))
 
 
 _started: list[str] = []  # launchers of ranks, since the test that runs now began
