@@ -128,7 +128,7 @@ def _is_line(text: Any) -> bool:
 def job_script(
     site: sites.Site | str, source: str | None, command: str, nodes: int, hours: float, **options: Any
 ) -> str:
-    """A `Job` as a script, which brings results back from the burst buffer even when training fails."""
+    """A `script.Job`, with its fields as options, as a script that brings results back even when training fails."""
     job = Job(site, source, command, nodes, hours, **options)
     scheduler = job.site.scheduler
     back_end = job.site.burst_buffer.back_end if job.site.burst_buffer and job.source is not None else "posix"

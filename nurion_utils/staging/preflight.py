@@ -15,14 +15,14 @@ from nurion_utils.staging.plans import RECORDS, File, StageError, StagePlan, byt
 from nurion_utils.staging.records import Record, is_copy, is_of, read_records, record_of_link
 
 
-class Job(NamedTuple):
+class Prepared(NamedTuple):
     """A plan, and the temporary files that killed runs left at its destination."""
 
     plan: StagePlan
     leftovers: list[str]
 
 
-def prepare(source: str, destination: str, ranks: int, replicate: bool) -> Job:
+def prepare(source: str, destination: str, ranks: int, replicate: bool) -> Prepared:
     """All that can be known before anything is touched; raises `StageError` where that is enough to refuse."""
     require_safe(destination)
     if not source or not destination:
@@ -44,7 +44,7 @@ def prepare(source: str, destination: str, ranks: int, replicate: bool) -> Job:
         for file in plan.files:
             (staged if is_staged(file, existing, records) else todo).append(file)
         _require_room(destination, todo, len(plan.directories) + len(plan.links))
-    return Job(replace(plan, files=tuple(todo), staged=tuple(staged)), leftovers)
+    return Prepared(replace(plan, files=tuple(todo), staged=tuple(staged)), leftovers)
 
 
 def _require_ours(plan: StagePlan, existing: dict[str, os.stat_result], records: dict[str, list[Record]]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nurion_utils.staging import records
 from nurion_utils.staging.copying import lock
 from nurion_utils.staging.plans import RECORDS, File, StageError, StagePlan, bytes_text, count, refused
-from nurion_utils.staging.preflight import Job
+from nurion_utils.staging.preflight import Prepared
 from nurion_utils.staging.records import is_of, read_records
 
 
@@ -47,7 +47,7 @@ def report(plan: StagePlan, began: float, verified: bool, mended_files: int) -> 
 
 
 @contextlib.contextmanager
-def begin(job: Job) -> Iterator[None]:
+def begin(job: Prepared) -> Iterator[None]:
     """Make the folders, and keep others from staging to them."""
     destination = job.plan.destination
     with refused("made"):

@@ -151,10 +151,10 @@ def test_an_interrupted_script_leaves_nothing(traces: Traces) -> None:
 
 
 def test_shared_memory_that_is_open_but_not_mapped_yet_goes_with_a_killed_script(traces: Traces) -> None:
-    code = "world.run(lambda: setattr(sys, 'held', open(f'/dev/shm/nurion-test-{os.getpid()}', 'w')))\n"
+    code = "world.run(lambda: setattr(sys, 'held', open(f'/dev/shm/nurion-open-{os.getpid()}', 'w')))\n"
     script = run_script(traces, START + code + AT_WORK)
     until_ready(script)
-    assert len(list(Path("/dev/shm").glob("nurion-test-*"))) == 2
+    assert len(list(Path("/dev/shm").glob("nurion-open-*"))) == 2
     script.kill()
     script.wait()
     traces.assert_gone()
