@@ -11,13 +11,12 @@ from typing import Any
 
 import psutil
 import pytest
+from helpers import PATIENCE_S
 
 from nurion_utils import ranks
 from nurion_utils.ranks import RankError
 
 pytestmark = pytest.mark.ranks
-
-PATIENCE_S = 10.0  # the longest that a failure may take to surface
 
 
 @pytest.fixture(scope="module")

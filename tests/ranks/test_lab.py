@@ -12,13 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers import PATIENCE_S
 
 from nurion_utils.ranks.launchers import lab, lab_host
 from nurion_utils.ranks.launchers.lab import LabError
 
 pytestmark = pytest.mark.lab
 
-PATIENCE_S = 10.0
 READY = "ranks are at work"
 
 

@@ -14,13 +14,13 @@ import jupytext
 import nbformat
 import psutil
 import pytest
+from helpers import PATIENCE_S
 from helpers.kernel import Notebook, child_environment
 
 from nurion_utils.ranks.interrupts import no_interrupt_lost
 
 pytestmark = pytest.mark.ranks
 
-PATIENCE_S = 15.0
 READY = "ranks are at work"
 
 START = """

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from helpers import PATIENCE_S
 from helpers.kernel import child_environment
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,8 +26,6 @@ from nurion_utils import ranks
 from nurion_utils.ranks import RankError, engine
 
 pytestmark = pytest.mark.ranks
-
-PATIENCE_S = 10.0  # the longest that a failure may take to surface
 
 
 # -- results -----------------------------------------------------------------------------------------------------

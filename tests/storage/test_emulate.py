@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import PATIENCE_S
 
 from nurion_utils.storage import EmulatedFileSystem, ParallelFileSystem, Workload, simulate, summarise
 from nurion_utils.storage import client as client_module
 from nurion_utils.storage.client import EmulatorError
 
-PATIENCE_S = 20  # on a machine with much else to do
 # 8 ms to serve 200 kB, of all four targets 100 MB/s; an open takes 2 ms
 SYSTEM = ParallelFileSystem(targets=4, target_mb_per_s=25, metadata_ops_per_s=500, timeout_s=30)
 FAST_OPENS = replace(SYSTEM, metadata_ops_per_s=10_000)
@@ -186,9 +186,7 @@ def test_a_job_whose_read_times_out_ends_for_all_readers(tmp_path):
     with EmulatedFileSystem(tmp_path, storage) as running:
         tables = []
         for _ in range(3):
-            began = time.monotonic()
             tables.append(running.run(workload))
-            assert time.monotonic() - began < 2  # and not 50 steps
         again = running.run(replace(workload, readers=2, steps=2))
         assert again["end_s"].notna().all()
     for table in [*tables, expected]:
@@ -218,12 +216,13 @@ def test_a_forked_child_reads_beside_its_parent(files):
         child = os.fork()
         if child == 0:
             os._exit(0 if client.read("b") == b"b" * FILE_BYTES else 1)
-        time.sleep(0.1)
-        began = time.monotonic()
+        while len(running.log()) < 4:
+            time.sleep(0.01)
         assert client.read("small") == b"s"
-        assert time.monotonic() - began < 0.2  # and not after the child's
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert client.read("small") == b"s"  # a child that ends leaves it running
+        ends_s = running.log()["end_s"]  # each read is an open and a transfer
+        assert ends_s[5] < ends_s[3]  # the parent's second read came later and ended before the child's
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -278,7 +277,7 @@ def test_when_its_owner_is_killed_those_who_wait_are_told_and_nothing_is_left(fi
 
 
 def test_closing_it_is_an_error_for_those_who_wait(files):
-    with EmulatedFileSystem(files, replace(SYSTEM, target_mb_per_s=0.01)) as running:  # 20 s for a file
+    with EmulatedFileSystem(files, replace(SYSTEM, target_mb_per_s=0.001)) as running:  # 200 s for a file
         threading.Timer(0.3, running.close).start()
         client, began = running.client(), time.monotonic()
         sentence = "the emulated file system has ended; start a new one with EmulatedFileSystem"
@@ -286,7 +285,7 @@ def test_closing_it_is_an_error_for_those_who_wait(files):
             client.read("a")
         with EmulatedFileSystem(files, SYSTEM), pytest.raises(EmulatorError, match="has ended"):
             client.read("a")  # and not from the new one, whose file has the same number
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < PATIENCE_S
     assert sorted(path.name for path in files.iterdir()) == list("abcdefgh")
 
 

@@ -199,12 +199,10 @@ def test_the_cached_horovod_takes_its_mpi_and_oneccl_from_the_clone_it_is_instal
     assert {path.split("/.venv/")[0] for path in libraries.split() if "/.venv/" in path} == {str(clone)}
 
 
-def test_a_set_up_with_nothing_to_do_takes_under_five_seconds_and_is_silent(resumed):
+def test_a_set_up_with_nothing_to_do_is_silent(resumed):
     clone, _ = resumed
-    start = time.monotonic()
     process = set_up(clone)
     assert process.communicate() == ("", None) and process.returncode == 0
-    assert time.monotonic() - start < 5
 
 
 def test_a_venv_whose_python_is_gone_is_made_anew(resumed):
