@@ -556,7 +556,7 @@ oneccl = {
     "CCL_WORKER_AFFINITY": str(cores - 1),
 }
 environment = backends.settings(backends.Backend("CCL", oneccl)) | {"OMP_NUM_THREADS": str(cores - 2)}
-print(jobs.job_script("nurion", None, "python train.py", nodes=4, hours=1, environment=environment))
+print(jobs.script(jobs.Job("python train.py", "nurion", nodes=4, environment=environment)))
 
 # %% [markdown]
 # Over MPI alone the same job exports less. Intel MPI and MVAPICH2, the MPI libraries on Nurion, have the same binary interface as MPICH, so a Horovod that was built with MPICH should run on either (not tried on Nurion, see below); MVAPICH2 must be told not to tie all threads of a rank to one core:

@@ -607,12 +607,25 @@ print(f"80 epochs of 10 TB on 8192 nodes: {direct_h:.1f} h from Lustre, {staged_
 # %%
 from nurion_utils import jobs
 
-print(jobs.job_script("nurion", "/scratch/$USER/imagenet", 'python train.py "$DATA" "$RESULTS"', nodes=512, hours=2))
+job = jobs.Job('python train.py "$DATA" "$RESULTS"', "nurion", nodes=512, hours=2, data="/scratch/$USER/imagenet")
+print(jobs.script(job))
 
 # %% [markdown]
 # (If the time runs out, the batch system ends the job before it has written back: ask for more hours than you need.)
 #
-# **The trap.** After the training the burst buffer should be freed, and out of habit one types `rm -r`. But `/scratch_ime/you/imagenet` and `/scratch/you/imagenet` are two views of one file, of which the buffer may hold a second set of bytes. `rm` in either view **deletes the file, the original**. To drop only the buffer's bytes, write back what has changed with `ime-ctl -r --block`, then purge with `ime-ctl -p`, as the script above does.
+# `jobs.explain(job)` writes the same script with a comment above each line: why it is there, and who says so. A job that breaks a rule of the site is refused before it is submitted, and `jobs.lint` names all of its faults at once, with the source and the date of each rule. **Predict:** this one asks for the whole of Nurion for two days and a half. What is wrong with it?
+
+# %%
+whole = jobs.Job("python train.py", "nurion", nodes=nurion.node.count, hours=60)
+findings = jobs.lint(whole)
+for finding in findings:
+    print("-", finding.sentence)
+assert {finding.rule for finding in findings} == {"queues.normal.most_hours", "queues.normal.most_nodes"}
+
+# %% [markdown]
+# All of Nurion is nobody's job, so what is extrapolated to 8305 nodes in these notebooks cannot be tried by a reader. A notebook is a job as well: `python -m nurion_utils.jobs notebooks/01_data_parallel_training.ipynb --site nurion --nodes 16 --dry-run` prints the script that runs it.
+#
+# **The trap.** After the training the burst buffer should be freed, and out of habit one types `rm -r`. But `/scratch_ime/you/imagenet` and `/scratch/you/imagenet` are two views of one file, of which the buffer may hold a second set of bytes. `rm` in either view **deletes the file, the original**. To drop only the buffer's bytes, write back what has changed with `ime-ctl -r --block`, then purge with `ime-ctl -p`, as the script does.
 #
 # Do not mix that up with `staging.purge`, which removes the copies that `stage` has made elsewhere. The functions of this package refuse to write or remove anything under `/scratch_ime`, also when it is reached through a link. (Programs of your own can ask, too: `jobs.guard(path)` raises a `BurstBufferError` for such a path.) Your shell does not refuse.
 
@@ -627,7 +640,7 @@ for path in ("/scratch_ime/you/imagenet", directory / "my-buffer" / "imagenet"):
         print("-", guarded[-1])
 
 # %% [markdown]
-# Other machines make a burst buffer for a job and copy into it before it starts: `job_script("cori", ...)` writes the directives of a Cray DataWarp, `job_script("elcapitan", ...)` those of a Rabbit. For a plain disk in each node, `stage(..., replicate=True)` inside the job does it, or `mpiexec -n 4 python -m nurion_utils.staging --replicate SRC DST/{rank}`.
+# Other machines make a burst buffer for a job and copy into it before it starts: the same job with `site="cori"` has the directives of a Cray DataWarp, with `site="elcapitan"` those of a Rabbit. For a plain disk in each node, `stage(..., replicate=True)` inside the job does it, or `mpiexec -n 4 python -m nurion_utils.staging --replicate SRC DST/{rank}`.
 #
 # ## Exercises
 #

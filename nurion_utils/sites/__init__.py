@@ -8,7 +8,8 @@
 'guide'
 
 Code never asks which machine it runs on; it reads the machine's description. To describe a further
-machine, copy ``nurion.toml`` beside it and change the figures.
+machine, copy ``nurion.toml`` to ``~/.config/nurion/sites/NAME.toml`` and change the figures: a file there wins over
+one of the same name that is shipped here.
 """
 
 import lazy_loader

@@ -1,3 +1,5 @@
+from .model import BurstBuffer as BurstBuffer
+from .model import Node as Node
 from .model import Site as Site
 from .model import SiteError as SiteError
 from .reading import DIRECTORY as DIRECTORY

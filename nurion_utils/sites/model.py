@@ -61,6 +61,18 @@ class Figure(_Checked):
     value: int | float | str | list[str]
     status: Literal["read", "remembered", "derived", "measured", "chosen"]
     source: str = Field(min_length=1)
+    date: str | None = Field(None, pattern=r"^\d{4}(-\d\d){0,2}$")  # of the source: year, month and day as far as known
+
+    @property
+    def cited(self) -> str:
+        """Its source as a sentence names it, with the date where there is one."""
+        return f"{self.source}, {self.date}" if self.date else self.source
+
+
+class DatedFigure(Figure):
+    """A figure of a rule, which is true of a date only."""
+
+    date: str = Field(pattern=r"^\d{4}(-\d\d){0,2}$")
 
 
 class Part(_Checked):
@@ -85,9 +97,9 @@ class Part(_Checked):
 class Node(Part):
     """A partition of equal nodes."""
 
-    count: int = Field(gt=0)
-    cores: int = Field(gt=0)
-    memory_gb: float = Field(gt=0)
+    count: int | None = Field(None, gt=0)
+    cores: int | None = Field(None, gt=0)
+    memory_gb: float | None = Field(None, gt=0)
     memory_usable_gb: float | None = Field(None, gt=0)
     processor: str | None = None
     clock_ghz: float | None = Field(None, gt=0)
@@ -99,8 +111,8 @@ class Node(Part):
     @property
     def peak_gflops(self) -> float:
         """Peak speed of one node in Gflop/s: cores x clock x flop per cycle."""
-        if self.clock_ghz is None or self.flop_per_cycle is None:
-            raise SiteError("this node's peak is unknown: describe its clock_ghz and flop_per_cycle")
+        if self.cores is None or self.clock_ghz is None or self.flop_per_cycle is None:
+            raise SiteError("this node's peak is unknown: describe its cores, clock_ghz and flop_per_cycle")
         return self.cores * self.clock_ghz * self.flop_per_cycle
 
 
@@ -172,20 +184,45 @@ class BurstBuffer(_Storage):
 
 
 class Scheduler(Part):
-    """What starts jobs; ``options`` are further lines that every job script of the site needs."""
+    """What starts jobs; ``launcher`` starts ranks in a job, and what is said of ``queues`` is in the site's."""
 
     kind: Literal["PBS Pro", "Slurm", "Flux"]
-    queues: list[str] = Field(min_length=1)
-    job_queue: str
     launcher: str
-    options: list[str] = []
-    long_queue_hours: float | None = Field(None, gt=0)
-    applications: list[str] = []
-    application_option: str | None = None
-    burst_buffer_option: str | None = None
+    queues: list[str] = []  # empty where they are not known; a job then names its own, or none
+    job_queue: str | None = None
+    queue_option: str | None = None  # where a queue is not what the scheduler calls one: "--qos"
+    most_hours: float | None = Field(None, gt=0)  # in queues that do not say otherwise
     submit_from: str | None = None
     modules: list[str] = []
     job_modules: list[str] = []
+
+
+class _Rule(Part):
+    figures: dict[str, DatedFigure]
+
+
+class Queue(_Rule):
+    """What a queue takes: ``running`` and ``waiting`` count the jobs of one user, ``partition`` names its nodes."""
+
+    partition: str | None = None
+    architecture: str | None = None  # as `uname -m` says it
+    most_hours: float | None = Field(None, gt=0)
+    most_nodes: int | None = Field(None, gt=0)
+    most_running: int | None = Field(None, gt=0)
+    most_waiting: int | None = Field(None, gt=0)
+
+
+class Option(_Rule):
+    """What a site wants of an option of its scheduler, whose name is the entry's, as in ``[options."-A"]``.
+
+    ``needed`` never is forbidden; ``usual`` is written where a job says nothing, "" where the option has no value.
+    """
+
+    needed: Literal["always", "burst buffer", "usually", "never"]
+    usual: str | None = None
+    values: list[str] = []
+    pattern: str | None = None  # a regular expression for the whole value
+    remark: str | None = None
 
 
 class Ranks(Part):
@@ -195,27 +232,43 @@ class Ranks(Part):
 
 
 class Site(_Checked):
-    """A machine; see the module's docstring. ``partitions`` lists the one most jobs use first."""
+    """A machine; see the module's docstring. ``partitions`` lists the one most jobs use first, if any is known."""
 
     name: str
     title: str
     sources: dict[str, str] = {}
-    partitions: dict[str, Node] = Field(min_length=1)
-    ranks: Ranks
+    partitions: dict[str, Node] = {}
+    ranks: Ranks | None = None
     performance: Performance | None = None
     fabric: Fabric | None = None
     file_systems: dict[str, FileSystem] = {}
     burst_buffer: BurstBuffer | None = None
     scheduler: Scheduler | None = None
+    queues: dict[str, Queue] = {}
+    options: dict[str, Option] = {}
+
+    @model_validator(mode="after")
+    def _queues_are_those_of_the_scheduler(self) -> Site:
+        known = self.scheduler.queues if self.scheduler else []
+        for name, queue in self.queues.items():
+            if name not in known or queue.partition not in {None, *self.partitions}:
+                raise ValueError(
+                    f"queues.{name}: name it in scheduler.queues, and with a partition that is described, if any"
+                )
+        return self
 
     @property
     def node(self) -> Node:
-        """The node that most jobs use: the first partition."""
+        """The node that most jobs use: the first partition; SiteError if none is described."""
+        if not self.partitions:
+            raise SiteError(f"site {self.name!r} does not say what its nodes are: add [partitions.NAME] to it")
         return next(iter(self.partitions.values()))
 
     @property
     def rpeak_pflops(self) -> float:
         """Peak speed of the whole machine in Pflop/s, from its partitions' figures."""
+        if not self.partitions or any(node.count is None for node in self.partitions.values()):
+            raise SiteError(f"site {self.name!r} does not say how many nodes it has: add their count to its partitions")
         return sum(node.count * node.peak_gflops for node in self.partitions.values()) / 1e6
 
     def parts(self) -> Iterator[tuple[str, Part]]:
@@ -227,7 +280,7 @@ class Site(_Checked):
                     yield f"{name}.{key}".rstrip("."), part
 
     def table(self) -> pd.DataFrame:
-        """All figures: columns figure, value, unit, status, source."""
+        """All figures: columns figure, value, unit, status, source, date ("" if none is known)."""
         import pandas as pd
 
         rows = []
@@ -235,6 +288,6 @@ class Site(_Checked):
             for key, figure in part.figures.items():
                 value = ", ".join(figure.value) if isinstance(figure.value, list) else figure.value
                 unit = next((unit for suffix, unit in _UNITS.items() if key.endswith(suffix)), "")
-                rows.append((f"{name}.{key}", value, unit, figure.status, figure.source))
-        columns = ["figure", "value", "unit", "status", "source"]
+                rows.append((f"{name}.{key}", value, unit, figure.status, figure.source, figure.date or ""))
+        columns = ["figure", "value", "unit", "status", "source", "date"]
         return pd.DataFrame(rows, columns=columns, dtype=object)  # integers stay integers beside other values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Any, get_args
@@ -13,16 +14,22 @@ from nurion_utils.sites.model import Part, Site, SiteError
 DIRECTORY = Path(__file__).parent
 
 
+def _files() -> dict[str, Path]:
+    """Each site's description: a file of the user's own wins over the one that is shipped."""
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return {path.stem: path for folder in (DIRECTORY, config / "nurion" / "sites") for path in folder.glob("*.toml")}
+
+
 def names() -> list[str]:
-    """The sites that have a description."""
-    return sorted(path.stem for path in DIRECTORY.glob("*.toml"))
+    """The sites that have a description, shipped or in ``~/.config/nurion/sites``."""
+    return sorted(_files())
 
 
 def load(name: str) -> Site:
     """The description of a site; SiteError if there is none, or its file is wrong, with the file and the entry."""
-    if name not in names():
-        raise SiteError(f"there is no site {name!r}; the sites that exist are: {', '.join(names())}")
-    return read(DIRECTORY / f"{name}.toml")
+    if name not in (files := _files()):
+        raise SiteError(f"there is no site {name!r}; the sites that exist are: {', '.join(sorted(files))}")
+    return read(files[name])
 
 
 def read(path: Path) -> Site:
@@ -39,7 +46,7 @@ def read(path: Path) -> Site:
         # `figures` and the alternatives of a type are ours: the file has no such levels.
         ours = ("figures", "int", "float", "str", "list[str]")
         keys = [str(key) for key in first["loc"] if key not in ours]
-        raise SiteError(f"{path}: {'.'.join(keys)}: {_remedy(first)}") from None
+        raise SiteError(": ".join(filter(None, [str(path), ".".join(keys), _remedy(first)]))) from None
 
 
 def _remedy(error: Any) -> str:
@@ -53,4 +60,6 @@ def _remedy(error: Any) -> str:
         return "this entry is missing; add it"
     if error["type"] in ("model_type", "dict_type"):
         return 'a figure is written as `{ value = ..., status = "...", source = "..." }`'
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
     return f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"

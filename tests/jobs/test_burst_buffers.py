@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from nurion_utils import sites, staging
-from nurion_utils.jobs import BurstBufferError, guard, job_script
+from nurion_utils.jobs import BurstBufferError, Job, guard, script
 from nurion_utils.jobs.burst_buffers import path_in_ime
 
 
@@ -97,7 +97,7 @@ def test_a_site_whose_ime_lacks_a_command_is_refused():
     nurion = sites.load("nurion")
     silent = nurion.model_copy(update={"burst_buffer": nurion.burst_buffer.model_copy(update={"purge_command": None})})
     with pytest.raises(BurstBufferError, match="burst_buffer.purge_command; add it"):
-        job_script(silent, "/scratch/me/data", "python train.py", 1, 1)
+        script(Job("python train.py", silent, data="/scratch/me/data"))
 
 
 @pytest.mark.parametrize(

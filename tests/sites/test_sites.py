@@ -62,7 +62,7 @@ def test_a_network_that_is_not_a_fat_tree_needs_no_figures_of_one(tmp_path):
 @pytest.mark.parametrize("name", sites.names())
 def test_every_figure_names_its_source(name):
     table = sites.load(name).table()
-    assert list(table.columns) == ["figure", "value", "unit", "status", "source"]
+    assert list(table.columns) == ["figure", "value", "unit", "status", "source", "date"]
     assert (table["source"].str.len() > 0).all()
     assert set(table["status"]) <= {"read", "remembered", "derived", "measured", "chosen"}
 
@@ -89,7 +89,7 @@ def test_a_measured_figure_follows_the_cores_a_process_is_given():
 
 
 def test_an_unknown_site_is_refused_with_those_that_exist():
-    with pytest.raises(sites.SiteError, match=r"no site 'fugaku'.*local, nurion"):
+    with pytest.raises(sites.SiteError, match=r"no site 'fugaku'.*local, neuron, nurion"):
         sites.load("fugaku")
 
 
@@ -108,7 +108,7 @@ def entries():
     section = ""
     for number, line in enumerate(NURION.splitlines()):
         if header := re.match(r"\[(.+)\]", line):
-            section = header[1]
+            section = header[1].replace('"', "")
         elif re.match(r"\w+ += \{ value", line):
             yield number, section, line
 
@@ -158,11 +158,65 @@ def test_the_command_shows_a_site_or_says_which_there_are(capsys):
     shown = capsys.readouterr().out
     assert re.search(r"memory_usable_gb +82\.0 +GB +read +guide \(cache mode\)", shown)
     assert main(["list"]) == 2
-    assert "sites show NAME, with NAME one of cori, elcapitan, local, nurion" in capsys.readouterr().err
+    assert (
+        "sites show NAME, with NAME one of cori, elcapitan, hangang, local, neuron, nurion, pbs"
+        in capsys.readouterr().err
+    )
     assert main(["show", "nowhere"]) == 2
-    assert "local, nurion" in capsys.readouterr().err
+    assert "neuron, nurion" in capsys.readouterr().err
 
 
 def test_importing_the_package_loads_no_pydantic():
     code = "import sys, nurion_utils; sys.exit('pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_file_of_the_users_own_wins_over_a_shipped_one_and_needs_no_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    shipped = sites.names()
+    (tmp_path / "nurion/sites").mkdir(parents=True)
+    (tmp_path / "nurion/sites/mine.toml").write_text('title = "My cluster"\n')
+    (tmp_path / "nurion/sites/nurion.toml").write_text(NURION.replace("value = 8305", "value = 12"))
+    assert sites.load("mine").title == "My cluster" and sites.names() == sorted([*shipped, "mine"])
+    assert sites.load("nurion").node.count == 12 and sites.read(sites.DIRECTORY / "nurion.toml").node.count == 8305
+    (tmp_path / "nurion/sites/nurion.toml").write_text("title = 1")
+    with pytest.raises(sites.SiteError, match=f"^{tmp_path}/nurion/sites/nurion.toml: title: "):
+        sites.load("nurion")
+
+
+def test_without_a_place_of_its_own_configuration_lies_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".config/nurion/sites").mkdir(parents=True)
+    (tmp_path / ".config/nurion/sites/mine.toml").write_text('title = "My cluster"\n')
+    assert "mine" in sites.names()
+
+
+def test_a_machine_of_which_little_is_known_is_not_given_figures():
+    with pytest.raises(sites.SiteError, match="'slurm' does not say what its nodes are: add \\[partitions.NAME\\]"):
+        _ = sites.load("slurm").node
+    for name in ("slurm", "hangang"):
+        with pytest.raises(sites.SiteError, match="does not say how many nodes it has"):
+            _ = sites.load(name).rpeak_pflops
+
+
+@pytest.mark.parametrize("name", sites.names())
+def test_every_rule_says_of_when_it_is(name):
+    site = sites.load(name)
+    rules = [figure for part in (*site.queues.values(), *site.options.values()) for figure in part.figures.values()]
+    assert all(re.fullmatch(r"20\d\d(-\d\d)?", figure.date) and figure.cited.endswith(figure.date) for figure in rules)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        (', date = "2026-03" }\nmost_nodes', " }\nmost_nodes", "queues.normal.most_hours.date: this entry is missing"),
+        ("[queues.debug]", "[queues.debugg]", "queues.debugg: name it in scheduler.queues"),
+        ('value = "skylake"', 'value = "skl"', "queues.norm_skl: name it in .* a partition that is described"),
+        ('needed = { value = "always"', 'needed = { value = "ever"', "options.-A.needed: .*'always'"),
+        ('date = "2026-03"', 'date = "March"', "date: "),
+    ],
+)
+def test_a_wrong_rule_is_refused(tmp_path, old, new, says):
+    assert old in NURION
+    assert re.search(says, refusal(tmp_path, NURION.replace(old, new, 1)))

@@ -1,0 +1,33 @@
+"""A job in the words of Slurm."""
+
+from __future__ import annotations
+
+from nurion_utils.jobs.job import Job, Line
+
+ID = "$SLURM_JOB_ID"
+
+
+def header(job: Job) -> list[Line]:
+    """The directives for what is the job's own."""
+    queue = job.site.scheduler.queue_option or "--partition"
+    lines = [
+        (f"--job-name={job.name}", "its name in the queue"),
+        (f"--nodes={job.nodes}", "how many nodes"),
+        *([(f"{queue}={job.queue}", "the queue")] if job.queue else []),
+        (f"--ntasks-per-node={job.ranks_per_node}", "ranks on each node"),
+        *([(f"--cpus-per-task={job.cores_per_rank}", "cores of each rank")] if job.cores_per_rank else []),
+        (f"--time={job.clock}", "then it is ended"),
+        (f"--output={job.name}.o%j", "one log for all, with the job's number"),
+    ]
+    return [Line(f"#SBATCH {text}", why) for text, why in lines]
+
+
+def option(key: str, value: str) -> str:
+    """A further directive."""
+    word = value if value.isalnum() or not value else f'"{value}"'
+    return f"#SBATCH {key}{'=' if word and key.startswith('--') else ' '}{word}".rstrip()
+
+
+def start(job: Job) -> list[Line]:
+    """Where the script begins: Slurm begins where the job was submitted."""
+    return []
