@@ -17,7 +17,7 @@ import pytest
 
 from nurion_utils import ranks
 from nurion_utils.ranks.guardian import mapped_by, remove
-from nurion_utils.ranks.launchers import lab
+from nurion_utils.ranks.launchers import nodes
 
 # A test run in the background may have been told to ignore interrupts, and what it starts would ignore them too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -126,8 +126,8 @@ def whole(request: pytest.FixtureRequest, started: dict[int, ranks.World]) -> No
 
 @pytest.fixture(scope="module")
 def permitted() -> None:
-    """Skips what needs a lab where there cannot be one."""
+    """Skips what needs virtual nodes where there cannot be any."""
     try:
-        lab.start(2).close()
-    except lab.LabError as refusal:
+        nodes.namespaces()
+    except nodes.NodesError as refusal:
         pytest.skip(str(refusal))

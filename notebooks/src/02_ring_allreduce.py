@@ -79,14 +79,13 @@ print(
 # %% [markdown]
 # So many seconds for every training step.
 #
-# On your machine you would hardly notice: its ranks talk through memory, and rank 0 has no link that could clog. So here is a small network. The **lab** gives each rank a network of its own (Linux calls it a namespace), with a cable to a switch whose rate is limited. Where a machine does not permit this, the cell says why, and goes on with measurements that were recorded elsewhere.
+# On your machine you would hardly notice: its ranks talk through memory, and rank 0 has no link that could clog. So here is a small network. In this **lab** each rank sits on a virtual node: it has a host name, processes and a network of its own (Linux calls them namespaces), and a cable to a switch whose rate is limited. Where a machine does not permit this, the cell says why, and goes on with measurements that were recorded elsewhere.
 
 # %%
 import pandas as pd
 
 from nurion_utils import recordings
 from nurion_utils.allreduce import ALGORITHMS
-from nurion_utils.ranks.launchers import lab
 
 
 def contenders(n: int) -> dict:
@@ -97,10 +96,10 @@ def contenders(n: int) -> dict:
 lab_tables, lab_origin = [], "measured here"
 try:
     for n in lab_ranks:
-        with lab.start(n, rate_mbit=lab_rate_mbit) as network:
-            lab_tables.append(allreduce.measure_allreduce(network, contenders(n), lab_sizes, repeats=3))
+        with ranks.start(n, rate_mbit=lab_rate_mbit) as hosts:
+            lab_tables.append(allreduce.measure_allreduce(hosts, contenders(n), lab_sizes, repeats=3))
     lab_table = pd.concat(lab_tables)
-except lab.LabError as error:
+except ranks.NodesError as error:
     lab_table, lab_origin = recordings.load("network_lab"), "RECORDED on another machine"
     print(str(error).splitlines()[0])
 largest = lab_table["size_bytes"].max()

@@ -1,4 +1,4 @@
-"""Measure schedules against each other and against MPI's own allreduce, on ranks of one machine or in a network lab."""
+"""Measure schedules against each other and against MPI's own allreduce, on ranks of one machine or on slow links."""
 
 from __future__ import annotations
 
@@ -19,44 +19,42 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from nurion_utils.ranks import World
-    from nurion_utils.ranks.launchers.lab import Lab
 
 BLOCK_S = 0.004  # short allreduces are repeated until a block of them can be timed
 MOST_CALLS = 300
-PATIENCE = 10  # in the lab, where a naive allreduce of the same size is the unit
+PATIENCE = 10  # on slow links, where a naive allreduce of the same size is the unit
 
 
 def measure_allreduce(
-    group: World | Lab, contenders: Mapping[str, Schedule | None], sizes_bytes: Sequence[int], repeats: int = 5
+    world: World, contenders: Mapping[str, Schedule | None], sizes_bytes: Sequence[int], repeats: int = 5
 ) -> pd.DataFrame:
     """Time allreduces of float32 arrays on all ranks, after the result of each contender has been checked.
 
-    `group` has the ranks of this machine, or those of a network lab, whose links carry everything. The contenders are
-    schedules by name, which take turns; None stands for MPI's own Allreduce, in place as well.
+    The contenders are schedules by name, which take turns; None stands for MPI's own Allreduce, in place as well.
 
     Returns one row per block: ``contender, ranks, size_bytes, repeat``, and ``time_s``, of one allreduce on the slowest
-    rank. In a lab, where a block is a single allreduce, also ``rate_mbit``; ``theory_s``, the schedule's time on these
-    links were there no latency, and ``bytes_sent`` by all ranks together, as it says (both NaN for MPI's own);
-    ``wire_bytes``, what the hosts' interfaces counted as sent, headers and acknowledgements included.
+    rank. In a world on slow links (``ranks.start(n, rate_mbit=...)``), where a block is a single allreduce, also
+    ``rate_mbit``; ``theory_s``, the schedule's time on these links were there no latency, and ``bytes_sent`` by all
+    ranks together, as it says (both NaN for MPI's own); ``wire_bytes``, what the nodes' interfaces counted as sent,
+    headers and acknowledgements included.
 
     ValueError, before anything runs, if a contender or a size is not possible; RankError if a rank raised or died, or a
     contender gave a wrong sum.
     """
     import pandas as pd
 
-    _require(contenders, group.n, sizes_bytes, repeats)
+    _require(contenders, world.n, sizes_bytes, repeats)
     arguments = dict(contenders), list(sizes_bytes), repeats
-    rate_mbit = getattr(group, "rate_mbit", None)
-    if rate_mbit is None:
-        return pd.DataFrame(group.run(_observe, *arguments, BLOCK_S)[0]).drop(columns="wire_bytes")
+    if (rate_mbit := world.rate_mbit) is None:
+        return pd.DataFrame(world.run(_observe, *arguments, BLOCK_S)[0]).drop(columns="wire_bytes")
     link = Link(0.0, 8e-6 / rate_mbit)
-    naive_s = 2 * group.n * sum(sizes_bytes) * link.beta_s_per_byte
+    naive_s = 2 * world.n * sum(sizes_bytes) * link.beta_s_per_byte
     timeout_s = 60 + PATIENCE * len(contenders) * (repeats + 1) * naive_s
-    table = pd.DataFrame(group.run(_observe, *arguments, 0.0, timeout_s=timeout_s)[0])
+    table = pd.DataFrame(world.run(_observe, *arguments, 0.0, timeout_s=timeout_s)[0])
     table.insert(2, "rate_mbit", rate_mbit)
     pairs = [(contenders[row.contender], row.size_bytes) for row in table.itertuples()]
     table.insert(6, "theory_s", [time(s, size, link) if s else np.nan for s, size in pairs])
-    sent = [sum(s.bytes_sent(rank, size, 4) for rank in range(group.n)) if s else np.nan for s, size in pairs]
+    sent = [sum(s.bytes_sent(rank, size, 4) for rank in range(world.n)) if s else np.nan for s, size in pairs]
     table.insert(7, "bytes_sent", sent)
     return table
 
@@ -114,7 +112,7 @@ def _observe(
 
 
 def _wire_bytes() -> int:
-    """What this host's interface counts as sent; 0 where there is none."""
+    """What this node's interface counts as sent; 0 where there is none."""
     import psutil
 
     interface = psutil.net_io_counters(pernic=True, nowrap=False).get("eth0")
@@ -125,12 +123,12 @@ def record_lab() -> pd.DataFrame:
     """What ``data/network_lab.csv`` holds, but for its source."""
     import pandas as pd
 
-    from nurion_utils.ranks.launchers import lab
+    from nurion_utils import ranks
 
     sizes = [2**10, 2**12, 2**14, 2**16, 2**18, 2**20, 4 * 10**6, 16 * 10**6]
     tables = []
-    for ranks in (2, 4, 8):
-        with lab.start(ranks, rate_mbit=100) as network:
-            contenders = {name: make(ranks) for name, make in ALGORITHMS.items()} | {"native": None}
-            tables.append(measure_allreduce(network, contenders, sizes, repeats=3))
+    for n in (2, 4, 8):
+        with ranks.start(n, rate_mbit=100) as world:
+            contenders = {name: make(n) for name, make in ALGORITHMS.items()} | {"native": None}
+            tables.append(measure_allreduce(world, contenders, sizes, repeats=3))
     return pd.concat(tables, ignore_index=True)

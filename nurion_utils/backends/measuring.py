@@ -20,7 +20,6 @@ from nurion_utils._checks import positive, whole_number
 from nurion_utils.backends.choosing import Backend, BackendError, named, settings
 from nurion_utils.backends.process import init, shutdown
 from nurion_utils.ranks import RankError, World
-from nurion_utils.ranks.launchers.lab import Lab
 
 T = TypeVar("T")
 
@@ -107,7 +106,7 @@ class BackendWorlds:
     """
 
     def __init__(
-        self, backends: Mapping[str, Backend], start: Callable[[], World | Lab], timeout_s: float = TIMEOUT_S
+        self, backends: Mapping[str, Backend], start: Callable[[], World], timeout_s: float = TIMEOUT_S
     ) -> None:
         self.absent: dict[str, str] = {}
         self._backends, self._worlds = backends, {}

@@ -23,7 +23,6 @@ from nurion_utils.backends.choosing import Backend, named
 from nurion_utils.backends.measuring import TIMEOUT_S, BackendWorlds, written_by_rank_0
 from nurion_utils.backends.process import init, shutdown
 from nurion_utils.ranks import World
-from nurion_utils.ranks.launchers import lab
 from nurion_utils.training import models
 from nurion_utils.training.memory import FUSION_BUFFER_BYTES
 
@@ -159,7 +158,7 @@ def measure_epochs(
     The experiment of the founding paper, small. A step computes the gradients, averages all 161 of them in one group as
     `DistributedOptimizer` does, and updates the weights by SGD with momentum. The three parts are timed one by one,
     which hides nothing: a group is reduced when its last gradient is there, so that communication does not overlap.
-    Backends, ranks and errors are as of `measure_backends`; LabError if there can be no lab here.
+    Backends, ranks and errors are as of `measure_backends`; NodesError if there can be no virtual nodes here.
 
     Parameters
     ----------
@@ -167,7 +166,7 @@ def measure_epochs(
         Pixels along an edge, from 32 up, which leave the gradients at 102 MB; images per rank and step; steps of an
         epoch; epochs per backend.
     rate_mbit
-        If given, the ranks sit in a network lab with links of that rate, in Mbit/s.
+        If given, each rank sits on a virtual node with a link of that rate, in Mbit/s.
 
     Returns
     -------
@@ -181,7 +180,7 @@ def measure_epochs(
     batch, steps, repeats = whole_number(batch, "batch"), whole_number(steps, "steps"), whole_number(repeats, "repeats")
     start, timeout_s = partial(nurion_utils.ranks.start, ranks), TIMEOUT_S
     if rate_mbit is not None:
-        start = partial(lab.start, ranks, positive(rate_mbit, "rate_mbit"))
+        start = partial(start, rate_mbit=positive(rate_mbit, "rate_mbit"))
         timeout_s += 8e-6 * 4 * GRADIENT_BYTES * (steps + 1) * ranks / rate_mbit  # so much goes through each link
     with BackendWorlds(chosen, start, timeout_s) as worlds:
         observed = worlds.observe(repeats, _epoch, image, batch, steps)

@@ -3,6 +3,7 @@ from .environment import identity as identity
 from .environment import own_environment as own_environment
 from .environment import rank_environment as rank_environment
 from .failures import RankError as RankError
+from .launchers.nodes import NodesError as NodesError
 from .notebook import meter as meter
 from .notebook import progress as progress
 from .notebook import somebody_watches as somebody_watches

@@ -33,8 +33,8 @@ def cores_by_rank(n: int, cores: list[int]) -> list[list[int]]:
 
 
 def main() -> None:
-    """Become rank PMI_RANK of those whose run directory and shares of cores the command line names."""
-    run_directory, shares = Path(sys.argv[1]), json.loads(sys.argv[2])
+    """Become rank PMI_RANK of those whose run directory, shares of cores and pause the command line names."""
+    run_directory, shares, progress_s = Path(sys.argv[1]), json.loads(sys.argv[2]), float(sys.argv[3])
     rank = int(os.environ["PMI_RANK"])  # of MPICH's own launcher, which started this process
     own = run_directory / f"rank{rank}"
     end_with_parent()
@@ -42,7 +42,8 @@ def main() -> None:
     stay_outside(Path(f"{own}.status"))
     end_with_parent()
     note_output(own)
-    Path(f"{own}.pid").write_text(str(os.getpid()))
+    process = {"pid": os.getpid(), "namespace": os.readlink("/proc/self/ns/pid"), "node": os.uname().nodename}
+    Path(f"{own}.process").write_text(json.dumps(process))
 
     # The slow imports come while the controller starts, too.
     import cloudpickle  # noqa: F401 (so that the first call finds it loaded)
@@ -70,6 +71,11 @@ def main() -> None:
         "--IPEngine.enable_nanny=False",  # the guardian watches; saves one Python process per rank
         "--IPEngine.max_heartbeat_misses=0",  # nor need a rank suspect that the controller is gone
     ]
+    if progress_s:
+        from tornado.ioloop import PeriodicCallback
+
+        # The last bytes that this rank has sent may need MPI's help to leave it, and others wait for them.
+        PeriodicCallback(lambda: MPI.COMM_WORLD.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG), 1000 * progress_s).start()
     IPEngine.launch_instance()
 
 
@@ -98,6 +104,12 @@ def controller() -> None:
     os.register_at_fork(after_in_child=end_with_parent)  # it forks a process for the heartbeats
     from ipyparallel.controller.app import IPController
 
+    def url(self: IPController, kind: str, channel: str, index: int | None = None) -> str:
+        """Where it listens is where it tells others to connect, over ipc too."""
+        info = getattr(self, f"{kind}_info")
+        return f"{info['interface']}:{info[channel] if index is None else info[channel][index]}"
+
+    IPController.construct_url = url
     IPController.launch_instance()
 
 

@@ -3,6 +3,7 @@
 It runs on the standard library alone (``python -I -S``), starts the controller and the ranks, and adopts whatever
 they leave behind (Linux' "child subreaper"). Its standard input is a pipe held open by the notebook kernel: however
 that ends, the pipe closes, and the guardian kills all below it, and removes shared memory and the run directory.
+As the first process of new namespaces it builds what is to be in them, such as virtual nodes, before.
 """
 
 import contextlib
@@ -71,6 +72,10 @@ def remove(paths: set[str]) -> None:
 
 def kill_everything_below() -> None:
     """SIGKILL descendants until none is left, then remove the shared memory they had."""
+    if os.getpid() == 1:  # of a namespace: its processes are all others, and its shared memory goes with it
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+        return reap(options=0)
     segments: set[str] = set()
     while pids := descendants(os.getpid()):
         # They stop first: what a process makes between a look at it and its end would stay.
@@ -93,7 +98,7 @@ def reap(options: int = os.WNOHANG) -> None:
 
 
 def main() -> None:
-    run_directory = sys.argv[1]
+    run_directory, owner = sys.argv[1], int(sys.argv[2])  # a forked child of the kernel would keep the pipe open
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a Ctrl-C meant for the notebook must not end the clean-up
     prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -103,9 +108,13 @@ def main() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.rename(f"{path}.new", path)  # under its name it is never seen without the lock
         request = json.loads(sys.stdin.buffer.raw.readline())
-        owner = os.pidfd_open(request["owner"])  # a forked child of the kernel would keep the pipe open
-        if os.getppid() != request["owner"]:
-            return  # it has ended already
+        building = subprocess.Popen(
+            ["sh", "-ec", request["build"]], env=request["env"], stdin=subprocess.DEVNULL, stdout=sys.stderr
+        )
+        if {sys.stdin, owner} & {*select.select([sys.stdin, owner, os.pidfd_open(building.pid)], [], [])[0]}:
+            return  # nobody waits for it any more
+        if building.wait():
+            return  # it has said why
         for name, command in request["commands"].items():
             with open(os.path.join(run_directory, f"{name}.log"), "wb") as log:
                 process = subprocess.Popen(
@@ -117,8 +126,9 @@ def main() -> None:
                     start_new_session=True,
                     preexec_fn=end_with_parent,
                 )
-            with open(os.path.join(run_directory, f"{name}.pid"), "w") as file:
-                file.write(str(process.pid))
+            with open(os.path.join(run_directory, f"{name}.process"), "w") as file:
+                here = {"namespace": os.readlink("/proc/self/ns/pid"), "node": os.uname().nodename}
+                json.dump({"pid": process.pid, **here}, file)
         while not select.select([sys.stdin, owner], [], [], 0.5)[0]:
             reap()
     finally:

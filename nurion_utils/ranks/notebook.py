@@ -2,6 +2,7 @@
 
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from nurion_utils.ranks.failures import shell
 T = TypeVar("T")
 
 _latest_world: Any = None  # the one that %%px cells run on
+_earlier_worlds: list[weakref.ref] = []
 
 
 def somebody_watches() -> bool:
@@ -87,5 +89,16 @@ def register_magics(world: Any) -> None:
 
     # Only the latest world is held here: a cell that starts ranks ends its earlier ones when it is run again.
     global _latest_world
+    if _latest_world not in (None, world):
+        _earlier_worlds.append(weakref.ref(_latest_world))
     _latest_world = world
     shell().register_magics(RankMagics(shell(), world))
+
+
+def give_back_magics(world: Any) -> None:
+    """When the latest world has stopped, ``%%px`` runs on the one before that somebody still uses."""
+    global _latest_world
+    while world is _latest_world and _earlier_worlds:
+        if (earlier := _earlier_worlds.pop()()) is not None and earlier.is_running:
+            _latest_world = None
+            register_magics(earlier)

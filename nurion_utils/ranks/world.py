@@ -10,11 +10,12 @@ The ranks are ipyparallel engines started by ``mpiexec``, so ``%%px`` cells work
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any, Self, TypeVar
 
 from nurion_utils import sites
@@ -25,13 +26,16 @@ from nurion_utils.ranks.engine import cores_by_rank, is_complete
 from nurion_utils.ranks.environment import rank_environment
 from nurion_utils.ranks.failures import RankError
 from nurion_utils.ranks.interrupts import close_for, no_interrupt_lost
-from nurion_utils.ranks.launchers.local import START_TIMEOUT_S, LocalRanks
+from nurion_utils.ranks.launchers import lab
+from nurion_utils.ranks.launchers.local import START_TIMEOUT_S, LocalRanks, Placement
 from nurion_utils.ranks.watching import Watcher
 
 T = TypeVar("T")
 
 
-def start(n: int, env: dict[str, str] | None = None, cores_per_rank: int | None = None) -> World:
+def start(
+    n: int, env: dict[str, str] | None = None, cores_per_rank: int | None = None, rate_mbit: float | None = None
+) -> World:
     """Start `n` MPI ranks on this machine and wait until they answer; ``%%px`` cells then run on them.
 
     ValueError, before anything is started, for numbers or variables that are not possible; RankError if the ranks do
@@ -48,6 +52,10 @@ def start(n: int, env: dict[str, str] | None = None, cores_per_rank: int | None 
     cores_per_rank
         Cores of each rank's own; by default an equal share of all. Fewer let a small world stand for a part of
         a larger one, as measuring scaling needs.
+    rate_mbit
+        If given, each rank sits on a virtual node of its own, with all cores and a link that can send, and at the same
+        time receive, so many 10^6 bits per second, 1 to 10,000; two cores keep up with 8 nodes at 100. NodesError if
+        this machine does not permit it.
     """
     with no_interrupt_lost():
         machine = sites.load("local")
@@ -64,15 +72,18 @@ def start(n: int, env: dict[str, str] | None = None, cores_per_rank: int | None 
         shares = cores_by_rank(n, cores[: n * cores_per_rank] if cores_per_rank else cores)
         # a container may grant the time of fewer cores than it lets us run on
         threads = max(1, min(len(shares[0]), machine.node.cores // n))
-        return World(shares, {**rank_environment(threads), **(env or {})})
+        place = Placement()
+        if rate_mbit is not None:
+            place, shares = lab.placement(n, rate_mbit), [cores] * n
+        env = {**rank_environment(threads), **place.env, **(env or {})}
+        return World(n, partial(LocalRanks, shares, env, place), rate_mbit)
 
 
-class World(contextlib.AbstractContextManager):
-    """`n` started ranks. Use it as a context manager, or call `stop`."""
+class World(AbstractContextManager):
+    """`n` started ranks, on links of `rate_mbit` if not None. Use it as a context manager, or call `stop`."""
 
-    def __init__(self, shares: list[list[int]], env: dict[str, str]) -> None:
-        self.n = len(shares)
-        self._shares, self._env = shares, env
+    def __init__(self, n: int, launch: Callable[[ExitStack], LocalRanks], rate_mbit: float | None) -> None:
+        self.n, self.rate_mbit, self._launch = n, rate_mbit, launch
         self._turn = threading.RLock()  # held by the thread whose call the ranks are given
         self._start()
 
@@ -104,6 +115,7 @@ class World(contextlib.AbstractContextManager):
     def stop(self) -> None:
         """End the ranks and remove everything they left. Calling it again does no harm."""
         self._stopped = True
+        notebook.give_back_magics(self)
         watcher = self._watcher
         if watcher is None:
             return self._resources.close()
@@ -120,6 +132,11 @@ class World(contextlib.AbstractContextManager):
         return self
 
     @property
+    def is_running(self) -> bool:
+        """Whether the ranks can be called."""
+        return not self._stopped and self._watcher is not None and not self._watcher.broken
+
+    @property
     def client(self) -> Any:
         """The `ipyparallel.Client` underneath, with all that it offers. Calls through it take no turns with others."""
         self._require_running()
@@ -130,16 +147,17 @@ class World(contextlib.AbstractContextManager):
 
     def __repr__(self) -> str:
         state = (self._watcher and self._watcher.broken) or ("stopped" if self._stopped else "running")
-        return f"<World of {self.n} ranks: {state}>"
+        links = f" on links of {self.rate_mbit:g} Mbit/s" if self.rate_mbit else ""
+        return f"<World of {self.n} ranks{links}: {state}>"
 
     def _start(self) -> None:
         self._stopped = False
         self._client: Any = None
         self._watcher: Watcher | None = None
-        self._resources = contextlib.ExitStack()  # what must be closed, also when nobody calls stop()
+        self._resources = ExitStack()  # what must be closed, also when nobody calls stop()
         weakref.finalize(self, close_for, os.getpid(), self._resources)
         try:
-            self._connect(LocalRanks(self._shares, self._env, self._resources))
+            self._connect(self._launch(self._resources))
         except BaseException:
             self.stop()
             raise

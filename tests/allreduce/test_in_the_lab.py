@@ -7,9 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nurion_utils import allreduce, recordings
+from nurion_utils import allreduce, ranks, recordings
 from nurion_utils.allreduce import ALGORITHMS, Schedule, measure_allreduce
-from nurion_utils.ranks.launchers import lab
 
 pytestmark = pytest.mark.lab
 
@@ -20,12 +19,12 @@ COLUMNS = [
 
 
 @pytest.fixture(scope="module")
-def lab4(permitted: None) -> Iterator[lab.Lab]:
-    with lab.start(4, rate_mbit=200) as network:
+def lab4(permitted: None) -> Iterator[ranks.World]:
+    with ranks.start(4, rate_mbit=200) as network:
         yield network
 
 
-def test_a_measurement_has_a_row_for_each_observation_and_contenders_take_turns_to_be_first(lab4: lab.Lab) -> None:
+def test_a_measurement_has_a_row_for_each_observation_and_contenders_take_turns_to_be_first(lab4: ranks.World) -> None:
     ring, native = allreduce.ring(4), None
     table = measure_allreduce(lab4, {"ring": ring, "native": native}, sizes_bytes=[64, 1000], repeats=2)
     assert list(table) == COLUMNS
@@ -42,7 +41,7 @@ def test_a_measurement_has_a_row_for_each_observation_and_contenders_take_turns_
 @given(make=st.sampled_from([*ALGORITHMS.values()]), elements=st.integers(1, 2**17))
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_interfaces_send_what_the_schedule_says_and_headers(
-    lab4: lab.Lab, make: Callable[[int], Schedule], elements: int
+    lab4: ranks.World, make: Callable[[int], Schedule], elements: int
 ) -> None:
     schedule = make(4)
     row = measure_allreduce(lab4, {"it": schedule}, sizes_bytes=[4 * elements], repeats=1).iloc[0]
@@ -52,7 +51,7 @@ def test_interfaces_send_what_the_schedule_says_and_headers(
     assert row.bytes_sent < row.wire_bytes < 1.06 * row.bytes_sent + 300 * (messages + 24) + 1000
 
 
-def test_links_have_their_rate_in_both_directions(lab4: lab.Lab) -> None:
+def test_links_have_their_rate_in_both_directions(lab4: ranks.World) -> None:
     # rank 0 is the bottleneck of the naive algorithm: first of what it receives, then of what it sends
     naive = allreduce.naive(4)
     table = measure_allreduce(lab4, {"naive": naive, "native": None}, sizes_bytes=[2**19], repeats=2)
@@ -60,19 +59,19 @@ def test_links_have_their_rate_in_both_directions(lab4: lab.Lab) -> None:
     assert (times.time_s > 0.95 * times.theory_s).all()
 
 
-def test_mpi_takes_the_network_too(lab4: lab.Lab) -> None:
+def test_mpi_takes_the_network_too(lab4: ranks.World) -> None:
     table = measure_allreduce(lab4, {"native": None}, sizes_bytes=[2**18], repeats=2)
     least = 2 * 3 * 2**18  # bytes by all ranks together: no allreduce can do with less
     assert (table.wire_bytes > least).all() and (table.time_s > 0.9 * least / 4 * 8 / 200e6).all()
 
 
-def test_a_wrong_sum_is_an_error_and_the_lab_lives_on(lab4: lab.Lab) -> None:
+def test_a_wrong_sum_is_an_error_and_the_lab_lives_on(lab4: ranks.World) -> None:
     ring = allreduce.ring(4)
     broken = Schedule("ring without its last step", 4, ring.chunks, ring.steps[:-1])
     with pytest.raises(allreduce.ScheduleError):
         measure_allreduce(lab4, {"broken": broken}, sizes_bytes=[64])
     lab4.run(reduce_with, np.subtract)
-    with pytest.raises(lab.LabError, match="ArithmeticError: ring gave a wrong sum in 16 of 16 elements"):
+    with pytest.raises(ranks.RankError, match="ArithmeticError: ring gave a wrong sum in 16 of 16 elements"):
         measure_allreduce(lab4, {"ring": ring}, sizes_bytes=[64])
     lab4.run(reduce_with, np.add)
     assert (measure_allreduce(lab4, {"ring": ring}, sizes_bytes=[64]).time_s > 0).all()
@@ -96,7 +95,7 @@ def reduce_with(operation: np.ufunc) -> None:
         ({"native": None}, [4], 0, "repeats must be a whole number from 1 up, not 0"),
     ],
 )
-def test_impossible_measurements_are_refused(lab4: lab.Lab, contenders, sizes, repeats, words: str) -> None:
+def test_impossible_measurements_are_refused(lab4: ranks.World, contenders, sizes, repeats, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         measure_allreduce(lab4, contenders, sizes, repeats)
 

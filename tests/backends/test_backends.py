@@ -15,7 +15,6 @@ import pytest
 from nurion_utils import backends, ranks, recordings, timing
 from nurion_utils.backends import Backend, BackendError, measuring, process
 from nurion_utils.ranks import watching
-from nurion_utils.ranks.launchers import lab
 from nurion_utils.training import models
 
 DTYPES = ["float32", "float64", "int32", "int64"]
@@ -393,7 +392,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_starts(arguments, wo
 @pytest.mark.ranks
 def test_across_a_slow_network_every_backend_takes_the_time_that_the_wire_needs(permitted):
     chosen = {name: backends.BACKENDS[name] for name in ("MPI", "Gloo", "oneCCL ring")}
-    with lab.start(2, rate_mbit=200) as of_mpi, lab.start(2, rate_mbit=200) as of_gloo:
+    with ranks.start(2, rate_mbit=200) as of_mpi, ranks.start(2, rate_mbit=200) as of_gloo:
         labs = iter([Lent(of_mpi), Lent(of_gloo), Lent(of_mpi)])
         with backends.BackendWorlds(chosen, lambda: next(labs)) as worlds:
             observed = worlds.observe(2, backends.timed, [2_000_000], [1.0])

@@ -1,6 +1,7 @@
 """A rank that fails in the middle of a collective ends the world with its name; and worlds end in good order."""
 
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -148,7 +149,7 @@ def test_ranks_that_die_between_two_calls_are_noticed(mortal: ranks.World) -> No
 
 
 def test_without_its_controller_a_world_ends(mortal: ranks.World) -> None:
-    controller = int((mortal._processes.directory / "controller.pid").read_text())
+    controller = json.loads((mortal._processes.directory / "controller.process").read_text())["pid"]
     threading.Timer(0.3, os.kill, [controller, signal.SIGKILL]).start()
     began = time.monotonic()
     with pytest.raises(RankError, match="^the controller died"):

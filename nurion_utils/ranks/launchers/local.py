@@ -1,9 +1,12 @@
 """Ranks on this machine: MPICH's launcher below a guardian, and what a world needs to know of their processes."""
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import json
 import os
+import re
 import secrets
 import select
 import shutil
@@ -12,14 +15,36 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nurion_utils.ranks import failures
 from nurion_utils.ranks.environment import own_environment
 from nurion_utils.ranks.failures import RankError
+from nurion_utils.ranks.guardian import descendants
 
 START_TIMEOUT_S = 120.0
+LAST_S = 0.3  # a node's first process is the last one that is seen to end
 HERE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the processes run and how the ranks are started; unless told otherwise, here and by forking.
+
+    The command `around` runs the guardian, which first has a shell carry out `build`. With `sockets` clients connect
+    through files and not through ports, from wherever the run directory is seen. `progress_s` is how often a rank
+    between two calls lets MPI go on.
+    """
+
+    around: tuple[str, ...] = ()
+    build: Callable[[Path], str] = lambda directory: ""  # given the run directory
+    # MPICH's launcher for one machine: it forks the ranks itself and, unlike Hydra, opens no port
+    mpiexec: tuple[str, ...] = (str(Path(sys.prefix) / "bin" / "mpiexec.gforker"),)
+    env: Mapping[str, str] = field(default_factory=dict)
+    sockets: bool = False
+    progress_s: float = 0.0
 
 
 class LocalRanks:
@@ -28,11 +53,14 @@ class LocalRanks:
     In `directory` they write what clients connect with, and a log, a status and a stack for each rank.
     """
 
-    def __init__(self, shares: list[list[int]], env: dict[str, str], resources: contextlib.ExitStack) -> None:
+    def __init__(
+        self, shares: list[list[int]], env: dict[str, str], place: Placement, resources: contextlib.ExitStack
+    ) -> None:
         _remove_stale_run_directories()
         self.n, self._resources = len(shares), resources
         self.names = [*(f"rank{rank}" for rank in range(self.n)), "controller"]  # of processes and their files
         self._processes: dict[str, int] = {}  # pidfds: unlike pids they are never another process'
+        self._nodes: dict[str, list[str]] = {}  # the ranks of each virtual node
         self._guardian: subprocess.Popen | None = None
         self._deadline_s = time.monotonic() + START_TIMEOUT_S
         # An interrupt may come between any two lines: what must be undone is noted down before it is done.
@@ -41,8 +69,12 @@ class LocalRanks:
         resources.callback(shutil.rmtree, self.directory, ignore_errors=True)
         self.directory.mkdir(mode=0o700)
         resources.callback(self.end)
+        owner = os.pidfd_open(os.getpid())
+        resources.callback(os.close, owner)
         self._guardian = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(HERE / "guardian.py"), str(self.directory)],
+            [*place.around, sys.executable, "-I", "-S", str(HERE / "guardian.py"), str(self.directory), str(owner)],
+            env={**own_environment(), **place.env},
+            pass_fds=[owner],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -51,7 +83,8 @@ class LocalRanks:
         controller = [
             *[sys.executable, "-P", "-c", "from nurion_utils.ranks.engine import controller; controller()"],
             f"--profile-dir={self.directory / 'profile'}",
-            *["--ip=127.0.0.1", "--location=127.0.0.1", "--usethreads", "--nodb", "--log-level=ERROR"],
+            *(["--transport=ipc", f"--ip={self.directory}/c"] if place.sockets else ["--ip=127.0.0.1"]),
+            *["--location=127.0.0.1", "--usethreads", "--nodb", "--log-level=ERROR"],
             # A rank answers calls from its second heartbeat on, so they come quickly; but that a rank is dead
             # is for the watcher to say: a machine too busy for heartbeats must not lose its ranks.
             *["--HeartMonitor.period=200", "--HeartMonitor.max_heartmonitor_misses=1000000000"],
@@ -60,14 +93,14 @@ class LocalRanks:
             *["--TaskScheduler.scheme_name=pure", "--IPController.broadcast_scheduler_depth=0"],
         ]
         engines = [
-            # MPICH's launcher for one machine: it forks the ranks itself and, unlike Hydra, opens no port
-            *[str(Path(sys.prefix) / "bin" / "mpiexec.gforker"), "-n", str(self.n)],
+            *[*place.mpiexec, "-n", str(self.n)],
             # -P: this package's modules must not be importable as `ranks` or `training`
             *[sys.executable, "-P", str(HERE / "engine.py"), str(self.directory), json.dumps(shares)],
+            str(place.progress_s),
         ]
         own = {"IPYTHONDIR": str(self.directory / "ipython"), "TMPDIR": str(self.directory)}
         request = {
-            "owner": os.getpid(),
+            "build": place.build(self.directory),
             "commands": {"controller": controller, "mpiexec": engines},
             "env": {**own_environment(), **own, **env},
         }
@@ -87,12 +120,36 @@ class LocalRanks:
 
     def hold(self) -> None:
         """Once all ranks have answered: hold on to their processes, to see them end and to signal them."""
-        for name in self.names:
-            self._processes[name] = os.pidfd_open(int((self.directory / f"{name}.pid").read_text()))
-            self._resources.callback(os.close, self._processes[name])
+        here = dict(map(_identity, [self._guardian.pid, *descendants(self._guardian.pid)]))
+        for name in [*self.names, "mpiexec"]:
+            said = json.loads((self.directory / f"{name}.process").read_text())
+            self._hold(name, here[said["namespace"], said["pid"]])
+            if name.startswith("rank") and said["node"] != os.uname().nodename:
+                self._nodes.setdefault(said["node"], []).append(name)
+                (self.directory / f"{name}.node").write_text(said["node"])
+                if said["node"] not in self._processes:
+                    self._hold(said["node"], here[said["namespace"], 1])
+        launcher = self._processes.pop("mpiexec")
+        if self._nodes:  # it would end all ranks at once when it loses a node, and nobody could tell where they were
+            signal.pidfd_send_signal(launcher, signal.SIGSTOP)
+
+    def _hold(self, name: str, pid: int) -> None:
+        self._processes[name] = os.pidfd_open(pid)
+        self._resources.callback(os.close, self._processes[name])
 
     def dead(self) -> list[str]:
-        """Names of the processes that have ended."""
+        """Names of the processes that have ended; those of a node that is lost alone, if it is why others ended."""
+        ended = self._ended()
+        if ended and self._nodes:
+            time.sleep(LAST_S)
+            for node in {*self._ended()} & {*self._nodes}:
+                for name in self._nodes[node]:
+                    with contextlib.suppress(OSError):  # we are being stopped
+                        (self.directory / f"{name}.status").write_text(failures.LOST)
+                return self._nodes[node]
+        return ended
+
+    def _ended(self) -> list[str]:
         poller = select.poll()
         for descriptor in self._processes.values():
             poller.register(descriptor, select.POLLIN)
@@ -120,6 +177,14 @@ class LocalRanks:
             self._guardian.stdin.close()
         self._guardian.wait()
         self._guardian.stderr.close()
+
+
+def _identity(pid: int) -> tuple[tuple[str, int], int]:
+    """What a process, `pid` here, knows itself by: its namespace and its number in it; nothing if it has ended."""
+    with contextlib.suppress(OSError):
+        numbers = re.search(r"^NSpid:.*?(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        return (os.readlink(f"/proc/{pid}/ns/pid"), int(numbers[1])), pid
+    return ("", pid), pid
 
 
 def _remove_stale_run_directories() -> None:
