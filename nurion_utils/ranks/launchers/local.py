@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nurion_utils.ranks import failures
 from nurion_utils.ranks.environment import own_environment
@@ -27,6 +28,20 @@ from nurion_utils.ranks.guardian import descendants
 START_TIMEOUT_S = 120.0
 LAST_S = 0.3  # a node's first process is the last one that is seen to end
 HERE = Path(__file__).parents[1]
+
+
+def controller(directory: Path, where: list[str]) -> list[str]:
+    """The command of what connects a notebook with its ranks, listening `where`; its files are in `directory`."""
+    return [
+        *[sys.executable, "-P", "-c", "from nurion_utils.ranks.engine import controller; controller()"],
+        *[f"--profile-dir={directory / 'profile'}", *where, "--usethreads", "--nodb", "--log-level=ERROR"],
+        # A rank answers calls from its second heartbeat on, so they come quickly; but that a rank is dead is for the
+        # watcher to say: a machine too busy for heartbeats must not lose its ranks.
+        *["--HeartMonitor.period=200", "--HeartMonitor.max_heartmonitor_misses=1000000000"],
+        # Nobody uses the scheduler of tasks, but all ranks connect to its ports: with none there, they would try for
+        # ever, and be taken for a peer by whoever is given that port next, such as Gloo.
+        *["--TaskScheduler.scheme_name=pure", "--IPController.broadcast_scheduler_depth=0"],
+    ]
 
 
 @dataclass(frozen=True)
@@ -80,18 +95,13 @@ class LocalRanks:
             stderr=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C in a terminal is for the notebook, not for the clean-up
         )
-        controller = [
-            *[sys.executable, "-P", "-c", "from nurion_utils.ranks.engine import controller; controller()"],
-            f"--profile-dir={self.directory / 'profile'}",
-            *(["--transport=ipc", f"--ip={self.directory}/c"] if place.sockets else ["--ip=127.0.0.1"]),
-            *["--location=127.0.0.1", "--usethreads", "--nodb", "--log-level=ERROR"],
-            # A rank answers calls from its second heartbeat on, so they come quickly; but that a rank is dead
-            # is for the watcher to say: a machine too busy for heartbeats must not lose its ranks.
-            *["--HeartMonitor.period=200", "--HeartMonitor.max_heartmonitor_misses=1000000000"],
-            # Nobody uses the scheduler of tasks, but all ranks connect to its ports: with none there, they would
-            # try for ever, and be taken for a peer by whoever is given that port next, such as Gloo.
-            *["--TaskScheduler.scheme_name=pure", "--IPController.broadcast_scheduler_depth=0"],
-        ]
+        request = self._request(shares, env, place)
+        self._guardian.stdin.write(json.dumps(request).encode() + b"\n")
+        self._guardian.stdin.flush()
+
+    def _request(self, shares: list[list[int]], env: dict[str, str], place: Placement) -> dict[str, Any]:
+        """What the guardian is to build, and which commands it is to start, in which environment."""
+        where = ["--transport=ipc", f"--ip={self.directory}/c"] if place.sockets else ["--ip=127.0.0.1"]
         engines = [
             *[*place.mpiexec, "-n", str(self.n)],
             # -P: this package's modules must not be importable as `ranks` or `training`
@@ -99,13 +109,14 @@ class LocalRanks:
             str(place.progress_s),
         ]
         own = {"IPYTHONDIR": str(self.directory / "ipython"), "TMPDIR": str(self.directory)}
-        request = {
+        return {
             "build": place.build(self.directory),
-            "commands": {"controller": controller, "mpiexec": engines},
+            "commands": {
+                "controller": controller(self.directory, [*where, "--location=127.0.0.1"]),
+                "mpiexec": engines,
+            },
             "env": {**own_environment(), **own, **env},
         }
-        self._guardian.stdin.write(json.dumps(request).encode() + b"\n")
-        self._guardian.stdin.flush()
 
     def require_starting(self) -> None:
         """Pause for a moment, or raise RankError when waiting for the ranks has become useless."""
