@@ -6,6 +6,7 @@ from . import jobs as jobs
 from . import large_batch as large_batch
 from . import ranks as ranks
 from . import recordings as recordings
+from . import schedulers as schedulers
 from . import sites as sites
 from . import staging as staging
 from . import storage as storage

@@ -3,5 +3,8 @@ from .burst_buffers import guard as guard
 from .job import Job as Job
 from .job import Notebook as Notebook
 from .linting import lint as lint
+from .queueing import cancel as cancel
+from .queueing import status as status
+from .queueing import submit as submit
 from .writing import explain as explain
 from .writing import script as script

@@ -80,15 +80,16 @@ class Notebook:
 class Job:
     """What to run on which machine; a ValueError in one sentence if that cannot be written as a script.
 
-    `what` is a command, one line of shell that each rank runs, or a function without arguments that each rank calls, or
-    a `Notebook`. `data` and `results` are directories on the shared file system, in which ``$USER`` is the user's name:
-    of the data, staged into the burst buffer where the site has one; and of what comes back, `data` with ``-results``
-    at its end unless given. They are found in ``$DATA`` and ``$RESULTS``. `hours` of walltime are rounded up to whole
-    minutes. `capacity_gb` is space in a burst buffer that is made for the job: of all with DataWarp, of each node with
-    Rabbit. `options` are further ones of the scheduler, in its own words, as ``{"-A": "pytorch"}``, with "" for one
-    without a value. `cores_per_rank` are the node's, shared out, and `queue` the site's usual one, unless given.
-    The variables of `environment` are exported. `python` runs functions and notebooks: this one, unless given.
-    `directory` is where it is submitted and runs, if that is known already.
+    `what` is a command, one line of shell, before which the launcher of the ranks is put, or a function without
+    arguments that each rank calls, or a `Notebook`. `data` and `results` are directories on the shared file system, in
+    which ``$USER`` is the user's name: of the data, staged into the burst buffer where the site has one; and of what
+    comes back, `data` with ``-results`` at its end unless given. They are found in ``$DATA`` and ``$RESULTS``. `hours`
+    of walltime are rounded up to whole minutes. `capacity_gb` is space in a burst buffer that is made for the job: of
+    all with DataWarp, of each node with Rabbit. `options` are further ones of the scheduler, in its own words, as
+    ``{"-A": "pytorch"}``, with "" for one without a value. `cores_per_rank` are the node's, shared out, and `queue` the
+    site's usual one, unless given. The variables of `environment` are exported. `python` runs functions and notebooks,
+    and its folder is searched for commands: this one, unless given. `directory` is where the job is submitted and runs,
+    if that is known already.
     """
 
     what: Notebook | Callable[[], Any] | str

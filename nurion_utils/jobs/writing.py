@@ -46,7 +46,8 @@ def _lines(job: Job) -> list[Line]:
     launcher = job.site.scheduler.figures["launcher"].cited if job.launcher else "papermill"
     run = Line(job.launcher + job.command, "the ranks" if job.launcher else "the notebook, on the first node", launcher)
     header = [Line("#!/bin/bash"), *header, *_options(job), *directives, Line("")]
-    return [*header, *_start(job), *scheduler.start(job), *_environment(job), *_finish(job), Line(""), *body, run]
+    run = [run, Line("ended=0", "all is done")]
+    return [*header, *_start(job), *scheduler.start(job), *_environment(job), *_finish(job), Line(""), *body, *run]
 
 
 def _options(job: Job) -> list[Line]:
@@ -71,9 +72,9 @@ def _start(job: Job) -> list[Line]:
 
 def _environment(job: Job) -> list[Line]:
     site, lines = job.site.scheduler, []
-    if not isinstance(job.what, str):
-        folder = shlex.quote(str(PurePosixPath(job.python or sys.executable).parent))
-        lines += [Line(f'export PATH={folder}:"$PATH"', "the environment that the job was made for")]
+    folder = shlex.quote(str(PurePosixPath(job.python or sys.executable).parent))
+    lines += [Line(f'export PATH={folder}:"$PATH"', "the environment that the job was made for")]
+    if not job.launcher:
         lines += [Line("export JUPYTER_PREFER_ENV_PATH=1", "its kernel, not one of that name in the home folder")]
     if site.job_modules:
         modules = site.figures["job_modules"].cited
@@ -85,16 +86,17 @@ def _environment(job: Job) -> list[Line]:
 
 
 def _finish(job: Job) -> list[Line]:
-    seconds = f"{job.nodes} * s"
-    hours = f"$(({seconds} / 3600)) $(({seconds} % 3600 * 1000 / 3600))"
-    scheduler = SCHEDULERS[job.site.scheduler.kind]
+    node_s = f"{job.nodes} * s"
+    said = f"'cost: {job.nodes} nodes x %d s = %d.%03d node-hours, exit status %d\\n'"
     return [
-        Line(f'job="{scheduler.ID}"', "its number"),
+        Line(f'job="{SCHEDULERS[job.site.scheduler.kind].ID}"', "its number"),
+        Line("ended=143", "as for a job that is ended from outside, until all is done"),
         Line("finish() {", "at the end, however it comes"),
-        Line("    ended=$?"),
+        Line("    code=$?"),
+        Line('    [ "$code" = 0 ] || ended=$code'),
         *data_lines.at_the_end(job),
         Line("    s=$SECONDS"),
-        Line(f"    printf 'cost: {job.nodes} nodes x %d s = %d.%03d node-hours\\n' $s {hours}", "nodes x elapsed time"),
+        Line(f"    printf {said} $s $(({node_s} / 3600)) $(({node_s} % 3600 * 1000 / 3600)) $ended", "nodes x elapsed"),
         Line('    exit "$ended"'),
         Line("}"),
         Line("trap finish EXIT"),

@@ -1,14 +1,21 @@
-"""A machine with an IME, played below a test's directory."""
+"""A machine with an IME and machines with a queue, played below a test's directory."""
 
 import json
 import os
 import shutil
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from nurion_utils import sites
+from nurion_utils.schedulers import pbs, slurm
+
+STAND_IN = Path(__file__).with_name("scheduler_stand_in.py")
+COMMANDS = {"pbs": ("qsub", "qstat", "qdel", "qselect"), "slurm": ("sbatch", "scontrol", "squeue", "scancel")}
 
 
 @pytest.fixture
@@ -40,3 +47,46 @@ def machine(tmp_path, monkeypatch):
 
     site = sites.load("played")
     return SimpleNamespace(scratch=scratch, buffer=buffer, site=site, calls=calls, write=write, tmp=tmp_path)
+
+
+def alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture(params=["slurm", "pbs"])
+def queue(request, tmp_path, monkeypatch):
+    """A scheduler, played by the stand-in; nothing of it is left afterwards. `rules` changes what the machine has."""
+    records, commands = tmp_path / "records", tmp_path / "commands"
+    for folder in (records, commands, tmp_path / "home", tmp_path / "work"):
+        folder.mkdir()
+    for name in COMMANDS[request.param]:
+        (commands / name).symlink_to(STAND_IN)
+    (commands / "mpiexec").write_text('#!/bin/bash\nshift 4\nexec "$@"\n')
+    (commands / "mpirun").write_text('#!/bin/bash\nshift 2\nexec "$@"\n')
+    for name in ("mpiexec", "mpirun"):
+        (commands / name).chmod(0o755)
+    python = commands / "python"  # beside which a job finds these launchers
+    python.symlink_to(Path(sys.executable))
+    monkeypatch.setenv("PATH", f"{commands}:/usr/bin:/bin")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("STAND_IN", str(records))
+
+    def rules(**values):
+        monkeypatch.setenv("STAND_IN_RULES", json.dumps(values))
+
+    def told():
+        return {path.stem: json.loads(path.read_text()) for path in records.glob("*.json")}
+
+    talk = {"slurm": slurm, "pbs": pbs}[request.param]
+    work = tmp_path / "work"
+    yield SimpleNamespace(kind=request.param, talk=talk, rules=rules, told=told, work=work, python=str(python))
+    for id, job in told().items():
+        if job["state"] != "F":
+            talk.cancel(id)
+    deadline = time.monotonic() + 30
+    while any(alive(job["runner"]) for job in told().values() if job.get("runner")):
+        assert time.monotonic() < deadline, "a job of the stand-in has not ended"
+        time.sleep(0.05)

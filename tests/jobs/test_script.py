@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -58,26 +59,26 @@ def run(machine, text, training):
 @pytest.mark.parametrize("name", ["data", 'da ta\'; "$HOME" `id` *'])
 def test_nurions_script_stages_in_trains_from_the_buffer_and_brings_the_results_back(machine, name):
     machine.write(machine.scratch / "me" / name / "a", "volume")
-    text = written(machine.site, f"{machine.scratch}/$USER/{name}", TRAIN, 2, 1)
+    text = written(machine.site, f"{machine.scratch}/$USER/{name}", TRAIN, 2, 1, python=f"{machine.tmp}/bin/python")
     training = '[[ $2 == */scratch_ime/me/* ]] && cp "$2/a" "$RESULTS/model"'
     result = run(machine, text, training)
     assert result.returncode == 0, result.stderr
     assert machine.calls() == [("stage in", ["a"]), ("sync", ["model"]), ("purge", ["a", "model"])]
-    assert re.fullmatch(r"cost: 2 nodes x \d s = 0\.00\d node-hours", result.stdout.splitlines()[-1])
+    assert re.fullmatch(r"cost: 2 nodes x \d s = 0\.00\d node-hours, exit status 0", result.stdout.splitlines()[-1])
     assert (machine.scratch / "me" / f"{name}-results/model").read_text() == "volume"
     assert (machine.scratch / "me" / name / "a").read_text() == "volume"
 
 
 def test_a_failed_training_still_brings_back_what_it_wrote_and_the_job_fails(machine):
     machine.write(machine.scratch / "me/data/a")
-    text = written(machine.site, f"{machine.scratch}/me/data", TRAIN, 2, 1)
+    text = written(machine.site, f"{machine.scratch}/me/data", TRAIN, 2, 1, python=f"{machine.tmp}/bin/python")
     result = run(machine, text, 'echo half > "$RESULTS/model"; exit 3')
     assert result.returncode == 3
     assert machine.calls()[1:] == [("sync", ["model"]), ("purge", ["a", "model"])]
 
 
 def test_nothing_is_trained_when_staging_fails(machine):
-    text = written(machine.site, f"{machine.scratch}/me/missing", TRAIN, 2, 1)
+    text = written(machine.site, f"{machine.scratch}/me/missing", TRAIN, 2, 1, python=f"{machine.tmp}/bin/python")
     result = run(machine, text, "echo TRAINED")
     assert result.returncode != 0 and "TRAINED" not in result.stdout
     assert "No such file" in result.stderr
@@ -118,7 +119,7 @@ def test_a_job_without_data_asks_for_no_burst_buffer_and_exports_what_it_is_give
     assert "export HOROVOD_CPU_OPERATIONS=MPI" in lines and "#PBS -P burst_buffer" not in lines
     assert "export GREETING='it'\"'\"'s $HOME; `id`'" in lines
     assert not any("ime-ctl" in line or "DATA" in line for line in lines)
-    assert lines[-1] == "mpirun -n 2 python train.py"
+    assert lines[-2:] == ["mpirun -n 2 python train.py", "ended=0"]
 
 
 @pytest.mark.parametrize("source", ["/scratch/$USER/da ta", "/scratch/$USERS/data"])
@@ -372,13 +373,13 @@ def test_a_function_is_called_on_each_rank_with_what_it_brings_along(tmp_path):
 
 
 def test_a_job_that_is_ended_says_what_it_cost_and_does_not_pass_for_done(tmp_path):
-    text = script(Job("sleep 60", "slurm")).replace("mpiexec -n 1 -ppn 1 ", "touch begun; ")
+    text = script(Job("sleep 60", "slurm")).replace("mpiexec -n 1 -ppn 1 ", "")
     with subprocess.Popen(["bash", "-c", text], stdout=-1, text=True, cwd=tmp_path, process_group=0) as job:
-        while not (tmp_path / "begun").exists():
+        while "sleep" not in [child.name() for child in psutil.Process(job.pid).children()]:
             assert job.poll() is None
         os.killpg(job.pid, signal.SIGTERM)
         told = job.communicate()[0]
-    assert job.returncode != 0 and told.startswith("cost: 1 nodes x ")
+    assert job.returncode != 0 and re.fullmatch(r"cost: 1 nodes x .* exit status 143\n", told)
 
 
 @pytest.mark.parametrize("site", ["nurion", "cori", "elcapitan", "pbs", "slurm"])
