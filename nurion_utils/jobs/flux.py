@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from nurion_utils.jobs.job import Job, Line
 
-ID = "$FLUX_JOB_ID"
+PREFIX, ID = "#FLUX:", "$FLUX_JOB_ID"
+START: list[Line] = []
 
 
 def header(job: Job) -> list[Line]:
@@ -18,18 +19,7 @@ def header(job: Job) -> list[Line]:
     return [Line(f"#FLUX: {text}", why) for text, why in lines]
 
 
-def option(key: str, value: str) -> str:
-    """A further directive."""
-    word = value if value.isalnum() or not value else f'"{value}"'
-    return f"#FLUX: {key}{'=' if word and key.startswith('--') else ' '}{word}".rstrip()
-
-
 def directives(lines: list[Line]) -> list[Line]:
     """Those to a burst buffer, which Flux takes as one attribute of the job."""
     inner = [Line(f"#FLUX: {line.text}") for line in lines]
     return [Line('#FLUX: -S dw="""', lines[0].why, lines[0].source), *inner, Line('#FLUX: """')]
-
-
-def start(job: Job) -> list[Line]:
-    """Where the script begins: Flux begins where the job was submitted."""
-    return []

@@ -45,7 +45,9 @@ class Notebook:
             raise ValueError(f"the path of a notebook must be without braces, not {str(self.file)!r}")
         if unknown := sorted(set(self.parameters) - set(self.known)):
             known = ", ".join(self.known) or "none"
-            raise ValueError(f"{self.file.name} has no parameter {unknown[0]!r}; those of its parameters cell: {known}")
+            raise ValueError(
+                f"{self.file.name!r} has no parameter {unknown[0]!r}; those of its parameters cell: {known}"
+            )
         self.written()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -24,7 +25,7 @@ def lint(job: Job, waiting: int = 0) -> list[Finding]:
 
     `waiting` is how many jobs of the same user wait in its queue already.
     """
-    checks = (_queue, _hours, _nodes, _cores, _capacity, _options, _directory, _architecture)
+    checks = (_queue, _hours, _nodes, _sizes, _options, _directory, _architecture)
     found = [finding for check in checks for finding in check(job)]
     most = limit(job, "most_waiting")
     if most and waiting >= most[1]:
@@ -84,16 +85,13 @@ def _nodes(job: Job) -> Iterator[Finding]:
         yield _finding(job, rule, place, f"must be at most {most:,}, not {job.nodes:,}")
 
 
-def _cores(job: Job) -> Iterator[Finding]:
+def _sizes(job: Job) -> Iterator[Finding]:
     if job.node and job.node.cores and job.ranks_per_node * job.cores > job.node.cores:
         end = f"must be at most {job.node.cores}, not {job.ranks_per_node} ranks with {job.cores} each"
         yield _finding(job, f"partitions.{job.partition}.cores", "the cores of a node", end)
-
-
-def _capacity(job: Job) -> Iterator[Finding]:
-    most = job.burst_buffer and job.burst_buffer.capacity_tb
-    if most and job.capacity_gb is not None and job.capacity_gb > 1000 * most:
-        end = f"must be at most {1000 * most:,g}, not {job.capacity_gb:,g}"
+    most_gb = 1000 * ((job.burst_buffer and job.burst_buffer.capacity_tb) or math.inf)
+    if job.capacity_gb is not None and job.capacity_gb > most_gb:
+        end = f"must be at most {most_gb:,.0f}, not {job.capacity_gb:,.0f}"
         yield _finding(job, "burst_buffer.capacity_tb", "capacity_gb", end)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from nurion_utils.jobs.job import Job, Line
 
-ID = "${PBS_JOBID%%.*}"
+PREFIX, ID = "#PBS", "${PBS_JOBID%%.*}"
+START = [Line('cd "$PBS_O_WORKDIR"', "PBS begins in the home folder; this is where the job was submitted", "qsub(1B)")]
 
 
 def header(job: Job) -> list[Line]:
@@ -19,16 +20,3 @@ def header(job: Job) -> list[Line]:
     lines += [] if whole else [Line("#PBS -l place=scatter", "or some of these could lie on one node", "qsub(1B)")]
     lines += [Line(f"#PBS -l walltime={job.clock}", "then it is ended")]
     return [*lines, Line("#PBS -j oe", f"one log for all, {job.name}.o with the job's number", "qsub(1B)")]
-
-
-def option(key: str, value: str) -> str:
-    """A further directive."""
-    word = f'"{value}"' if " " in value else value
-    return f"#PBS {key} {word}".rstrip()
-
-
-def start(job: Job) -> list[Line]:
-    """Where the script begins."""
-    return [
-        Line('cd "$PBS_O_WORKDIR"', "PBS begins in the home folder; this is where the job was submitted", "qsub(1B)")
-    ]

@@ -39,11 +39,13 @@ def submit(job: Job) -> Submitted:
     if not directory.is_dir():
         raise ValueError(f"there is no directory {str(directory)!r}: make it before a job is submitted from there")
     job = replace(job, directory=directory)
-    require_no_findings(job, scheduler.waiting(job.queue) if limit(job, "most_waiting") else 0)
+    text = script(job)
+    if limit(job, "most_waiting"):
+        require_no_findings(job, scheduler.waiting(job.queue))
     file, path = tempfile.mkstemp(prefix=f"{job.name}.", suffix=".sh", dir=directory)
     try:
         with open(file, "w") as opened:
-            opened.write(script(job))
+            opened.write(text)
         id = scheduler.submit(path, directory=directory)
         kept = directory / f"{job.name}.{id.partition('.')[0]}.sh"
         os.replace(path, kept)

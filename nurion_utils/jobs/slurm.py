@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from nurion_utils.jobs.job import Job, Line
 
-ID = "$SLURM_JOB_ID"
+PREFIX, ID = "#SBATCH", "$SLURM_JOB_ID"
+START: list[Line] = []
 
 
 def header(job: Job) -> list[Line]:
@@ -20,14 +21,3 @@ def header(job: Job) -> list[Line]:
         (f"--output={job.name}.o%j", "one log for all, with the job's number"),
     ]
     return [Line(f"#SBATCH {text}", why) for text, why in lines]
-
-
-def option(key: str, value: str) -> str:
-    """A further directive."""
-    word = value if value.isalnum() or not value else f'"{value}"'
-    return f"#SBATCH {key}{'=' if word and key.startswith('--') else ' '}{word}".rstrip()
-
-
-def start(job: Job) -> list[Line]:
-    """Where the script begins: Slurm begins where the job was submitted."""
-    return []

@@ -5,6 +5,7 @@ A new scheduler is a file like `slurm.py`, a new burst buffer a function of `dat
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import PurePosixPath
@@ -47,16 +48,17 @@ def _lines(job: Job) -> list[Line]:
     run = Line(job.launcher + job.command, "the ranks" if job.launcher else "the notebook, on the first node", launcher)
     header = [Line("#!/bin/bash"), *header, *_options(job), *directives, Line("")]
     run = [run, Line("ended=0", "all is done")]
-    return [*header, *_start(job), *scheduler.start(job), *_environment(job), *_finish(job), Line(""), *body, *run]
+    return [*header, *_start(job), *scheduler.START, *_environment(job), *_finish(job), Line(""), *body, *run]
 
 
 def _options(job: Job) -> list[Line]:
-    lines, option = [], SCHEDULERS[job.site.scheduler.kind].option
+    lines, prefix = [], SCHEDULERS[job.site.scheduler.kind].PREFIX
     for key, value in linting.options(job).items():
         why, source = "asked for", "the job"
         if rule := job.site.options.get(key):
             why, source = rule.remark or f"needed here: {rule.needed}", rule.figures["needed"].cited
-        lines.append(Line(option(key, value), why, source))
+        word = f'"{value}"' if re.search(r"[^\w.=:,+-]", value) else value
+        lines.append(Line(f"{prefix} {key}{'=' if word and key.startswith('--') else ' '}{word}".rstrip(), why, source))
     return lines
 
 

@@ -58,16 +58,23 @@ def alive(pid):
 
 @pytest.fixture(params=["slurm", "pbs"])
 def queue(request, tmp_path, monkeypatch):
-    """A scheduler, played by the stand-in; nothing of it is left afterwards. `rules` changes what the machine has."""
+    """A scheduler, played by the stand-in; nothing of it is left afterwards.
+
+    `rules` changes what its machine has, `replace` one of its commands.
+    """
     records, commands = tmp_path / "records", tmp_path / "commands"
     for folder in (records, commands, tmp_path / "home", tmp_path / "work"):
         folder.mkdir()
     for name in COMMANDS[request.param]:
         (commands / name).symlink_to(STAND_IN)
-    (commands / "mpiexec").write_text('#!/bin/bash\nshift 4\nexec "$@"\n')
-    (commands / "mpirun").write_text('#!/bin/bash\nshift 2\nexec "$@"\n')
-    for name in ("mpiexec", "mpirun"):
+
+    def replace(name, body):
+        (commands / name).unlink(missing_ok=True)
+        (commands / name).write_text(f"#!/bin/bash\n{body}\n")
         (commands / name).chmod(0o755)
+
+    replace("mpiexec", 'shift 4; exec "$@"')
+    replace("mpirun", 'shift 2; exec "$@"')
     python = commands / "python"  # beside which a job finds these launchers
     python.symlink_to(Path(sys.executable))
     monkeypatch.setenv("PATH", f"{commands}:/usr/bin:/bin")
@@ -82,7 +89,9 @@ def queue(request, tmp_path, monkeypatch):
 
     talk = {"slurm": slurm, "pbs": pbs}[request.param]
     work = tmp_path / "work"
-    yield SimpleNamespace(kind=request.param, talk=talk, rules=rules, told=told, work=work, python=str(python))
+    yield SimpleNamespace(
+        kind=request.param, talk=talk, rules=rules, told=told, work=work, python=str(python), replace=replace
+    )
     for id, job in told().items():
         if job["state"] != "F":
             talk.cancel(id)

@@ -45,7 +45,7 @@ COMMENT = {"--comment": "field=ai;appl=tf"}
             "scheduler.submit_from",
             r"from /scratch/\$USER only: .* not in /home01",
         ),
-        ("cori", {"data": "/s/d", "capacity_gb": 2e6}, "burst_buffer.capacity_tb", "at most 1.8e\\+06, not 2e\\+06"),
+        ("cori", {"data": "/s/d", "capacity_gb": 2e6}, "burst_buffer.capacity_tb", "at most 1,800,000, not 2,000,000"),
         (
             "neuron",
             {"options": {}},

@@ -124,20 +124,21 @@ def test_a_machine_without_the_scheduler_says_where_it_would_be(queue, monkeypat
             ask()
 
 
-def test_a_scheduler_that_does_not_answer_is_not_waited_for(queue, monkeypatch, tmp_path):
+def test_a_scheduler_that_does_not_answer_is_not_waited_for(queue, monkeypatch):
     asked = {"slurm": "scontrol", "pbs": "qstat"}[queue.kind]
-    (tmp_path / asked).write_text("#!/bin/sh\nexec sleep 600\n")
-    (tmp_path / asked).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    queue.replace(asked, "exec sleep 600")
     monkeypatch.setattr(commands, "PATIENCE_S", 0.2)
     with pytest.raises(SchedulerError, match=f"{asked} has not answered for 0.2 s: ask again"):
         queue.talk.state("1")
-    (tmp_path / asked).write_text("#!/bin/sh\necho connection refused >&2\nexit 1\n")
+
+
+def test_a_scheduler_that_is_down_is_quoted(queue):
+    queue.replace({"slurm": "scontrol", "pbs": "qstat"}[queue.kind], "echo connection refused >&2; exit 1")
     with pytest.raises(SchedulerError, match="cannot be asked after job 1: connection refused"):
         queue.talk.state("1")
 
 
-def test_jobs_that_wait_already_count_against_the_rule(queue, tmp_path, monkeypatch):
+def test_jobs_that_wait_already_count_against_the_rule(queue):
     queue.rules(slots=1)
     figure = {"status": "chosen", "source": "me", "date": "2026"}
     generic = sites.load(queue.kind)
