@@ -82,18 +82,29 @@ def test_a_job_that_outlives_its_walltime_has_failed_for_that_reason(queue, monk
     assert state.name == "failed" and ("TIMEOUT" in state.reason or state.reason == "over its walltime")
 
 
-@pytest.mark.parametrize("changes", [{"nodes": 4}, {"hours": 3}, {"ranks_per_node": 9}])
-def test_a_job_that_can_never_run_is_told_from_one_that_waits(queue, changes):
+@pytest.mark.parametrize(
+    ("queue", "changes", "reason"),
+    [
+        ("slurm", {"nodes": 4}, "PartitionNodeLimit"),
+        ("slurm", {"hours": 3}, "PartitionTimeLimit"),
+        ("pbs", {"nodes": 4}, "Can Never Run: Not enough total nodes available"),
+        ("pbs", {"ranks_per_node": 9}, "Can Never Run: Insufficient amount of resource: ncpus (R: 9 A: 6 T: 0)"),
+    ],
+    indirect=["queue"],
+)
+def test_a_job_that_can_never_run_is_told_from_one_that_waits(queue, changes, reason):
     queue.rules(most_minutes=120)
-    if queue.kind == "pbs" and "hours" in changes:
-        with pytest.raises(SchedulerError, match="^qsub refused the job: Job violates queue and/or server resource"):
-            jobs.submit(job(queue, "true", **changes))
-        return
-    if queue.kind == "slurm" and "ranks_per_node" in changes:
-        return  # the stand-in knows no cores there
     submitted = jobs.submit(job(queue, "true", **changes))
-    state = jobs.status(submitted)
-    assert state.name == "never" and state.reason and not state.ended and state.starts_at is None
+    assert jobs.status(submitted) == State("never", reason) and not jobs.status(submitted).ended
+
+
+@pytest.mark.parametrize("queue", ["pbs"], indirect=True)
+def test_pbs_refuses_at_once_what_a_queue_never_takes(queue):
+    queue.rules(most_minutes=120)
+    with pytest.raises(
+        SchedulerError, match="^qsub refused the job: Job violates queue and/or server resource limits$"
+    ):
+        jobs.submit(job(queue, "true", hours=3))
 
 
 def test_what_the_scheduler_refuses_is_one_sentence_and_leaves_nothing(queue):
@@ -115,6 +126,15 @@ def test_a_job_that_ended_long_ago_is_gone(queue):
         time.sleep(0.05)
     assert state == State("gone") and state.ended
     assert jobs.status("9999", queue.kind) == State("gone")
+
+
+@pytest.mark.parametrize("queue", ["slurm"], indirect=True)
+def test_accounts_are_asked_where_they_are_kept(queue):
+    queue.replace("sacct", "echo 'TIMEOUT|None|2026-11-27T04:03:05|0:0|n1,n2'")
+    state = jobs.status("9999", "slurm")
+    assert (state.name, state.reason, state.nodes) == ("failed", "TIMEOUT", ("n1", "n2"))
+    queue.replace("sacct", "echo Slurm accounting storage is disabled >&2")
+    assert jobs.status("9999", "slurm") == State("gone")
 
 
 def test_a_machine_without_the_scheduler_says_where_it_would_be(queue, monkeypatch):
