@@ -602,7 +602,7 @@ print(f"80 epochs of 10 TB on 8192 nodes: {direct_h:.1f} h from Lustre, {staged_
 # %% [markdown]
 # ## The same on Nurion
 #
-# On Nurion the burst buffer is a DDN **IME**. It shows the files of `/scratch` a second time, under `/scratch_ime`, and `ime-ctl` moves their data: `-i` in, `-r` back out, and `-p` purges, which frees the buffer. A job asks for it in its script. Yours, with your own folder (change the folder, the command, the nodes and hours; the application after `-A` must be one that Nurion knows, such as `tf` or `pytorch`):
+# On Nurion the burst buffer is a DDN **IME**. It shows the files of `/scratch` a second time, under `/scratch_ime`, and `ime-ctl` moves their data: `-i` in, `-r` back out, and `-p` purges, which frees the buffer. A job asks for it in its script. Yours, with your own folder (change the folder, the command, the nodes and hours; the application after `-A` must be one that Nurion knows, so for PyTorch add `options={"-A": "pytorch"}`):
 
 # %%
 from nurion_utils import jobs
@@ -616,14 +616,14 @@ print(jobs.script(job))
 # `jobs.explain(job)` writes the same script with a comment above each line: why it is there, and who says so. A job that breaks a rule of the site is refused before it is submitted, and `jobs.lint` names all of its faults at once, with the source and the date of each rule. **Predict:** this one asks for the whole of Nurion for two days and a half. What is wrong with it?
 
 # %%
-whole = jobs.Job("python train.py", "nurion", nodes=nurion.node.count, hours=60)
-findings = jobs.lint(whole)
+too_large = jobs.Job("python train.py", "nurion", nodes=nurion.node.count, hours=60)
+findings = jobs.lint(too_large)
 for finding in findings:
     print("-", finding.sentence)
 assert {finding.rule for finding in findings} == {"queues.normal.most_hours", "queues.normal.most_nodes"}
 
 # %% [markdown]
-# All of Nurion is nobody's job, so what is extrapolated to 8305 nodes in these notebooks cannot be tried by a reader. A notebook is a job as well: `python -m nurion_utils.jobs notebooks/01_data_parallel_training.ipynb --site nurion --nodes 16 --dry-run` prints the script that runs it.
+# By that rule all of Nurion is nobody's job, so what is extrapolated to 8305 nodes in these notebooks cannot be tried by a reader. A notebook is a job as well: `python -m nurion_utils.jobs notebooks/01_data_parallel_training.ipynb --site nurion --nodes 16 --dry-run` prints the script that runs it.
 #
 # **The trap.** After the training the burst buffer should be freed, and out of habit one types `rm -r`. But `/scratch_ime/you/imagenet` and `/scratch/you/imagenet` are two views of one file, of which the buffer may hold a second set of bytes. `rm` in either view **deletes the file, the original**. To drop only the buffer's bytes, write back what has changed with `ime-ctl -r --block`, then purge with `ime-ctl -p`, as the script does.
 #

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import math
 import os
 import re
@@ -205,7 +206,14 @@ class Job:
         if isinstance(self.what, Notebook):
             return ""
         sizes = {"ranks_per_node": self.ranks_per_node, "cores_per_rank": self.cores}
-        return self.site.scheduler.launcher.format(nodes=self.nodes, ranks=self.ranks, **sizes) + " "
+        sizes |= {"nodes": self.nodes, "ranks": self.ranks}
+        try:
+            return self.site.scheduler.launcher.format(**sizes) + " "
+        except (LookupError, ValueError):
+            known = ", ".join(f"{{{size}}}" for size in sizes)
+            raise ValueError(
+                f"scheduler.launcher of site {self.site.name!r} may have {known}, not {self.site.scheduler.launcher!r}"
+            ) from None
 
     @cached_property
     def command(self) -> str:
@@ -217,14 +225,23 @@ class Job:
             words = ["--cwd", str(self.what.file.parent), "-k", "python3", "--log-output", "--no-progress-bar"]
             return f'{python} -m papermill {file} {stem}."$job".ipynb {shlex.join([*words, "-y", values])}'
         if callable(self.what):
-            import cloudpickle
-
-            pickled = base64.b64encode(cloudpickle.dumps(self.what)).decode()
-            if len(pickled) > MOST_BYTES:
-                raise ValueError(f"function {self.name!r} brings {len(pickled):,} bytes along: read data from a file")
-            code = f"import base64, pickle; pickle.loads(base64.b64decode('{pickled}'))()"
+            code = f"import base64, pickle; pickle.loads(base64.b64decode('{_pickled(self.what, self.name)}'))()"
             return f'{python} -c "{code}"'
         return self.what
+
+
+def _pickled(function: Callable[[], Any], name: str) -> str:
+    import cloudpickle
+
+    try:
+        inspect.signature(function).bind()
+        pickled = base64.b64encode(cloudpickle.dumps(function)).decode()
+    except Exception as error:  # whatever a function holds on to can fail in its own way
+        words = "it must need no arguments, nor what cannot be pickled"
+        raise ValueError(f"function {name!r} cannot be sent to the nodes ({error}): {words}") from None
+    if len(pickled) > MOST_BYTES:
+        raise ValueError(f"function {name!r} brings {len(pickled):,} bytes along: let it read data from a file")
+    return pickled
 
 
 def _require_command(command: Any, read: bool) -> None:

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -367,9 +368,20 @@ def test_a_function_is_called_on_each_rank_with_what_it_brings_along(tmp_path):
     assert "#SBATCH --job-name=greet" in require_bash(text)
     ran = subprocess.run(["bash"], input=text, capture_output=True, text=True, cwd=tmp_path)
     assert ran.stdout.count(f"greets: {greeting}\n") == 4, ran.stderr
-    with pytest.raises(ValueError, match="bytes along: read data from a file"):
+    with pytest.raises(ValueError, match="bytes along: let it read data from a file"):
         big = np.zeros(100_000)
         Job(lambda: big.sum(), "slurm")
+    lock = threading.Lock()
+    for wrong in (lambda n: n, lambda: lock.locked()):
+        with pytest.raises(ValueError, match="cannot be sent to the nodes .*: it must need no arguments, nor what"):
+            Job(wrong, "slurm")
+
+
+def test_a_launcher_that_says_what_is_not_known_is_refused():
+    site = sites.load("slurm")
+    odd = site.model_copy(update={"scheduler": site.scheduler.model_copy(update={"launcher": "srun -n {size}"})})
+    with pytest.raises(ValueError, match=r"may have {ranks_per_node}, .*, {ranks}, not 'srun -n {size}'"):
+        script(Job("x", odd))
 
 
 def test_a_job_that_is_ended_says_what_it_cost_and_does_not_pass_for_done(tmp_path):
