@@ -40,10 +40,10 @@ def require_no_findings(job: Job, waiting: int = 0) -> None:
         raise ValueError("; ".join(finding.sentence for finding in found))
 
 
-def limit(job: Job, key: str, queue: str | None = None) -> tuple[str, Any] | None:
+def limit(job: Job, key: str) -> tuple[str, Any] | None:
     """What the job's queue allows at most, or else the scheduler, and which entry says so."""
-    site, queue = job.site, queue or job.queue
-    for section, part in ((f"queues.{queue}", site.queues.get(queue)), ("scheduler", site.scheduler)):
+    queue = job.site.queues.get(job.queue)
+    for section, part in ((f"queues.{job.queue}", queue), ("scheduler", job.site.scheduler)):
         if (value := getattr(part, key, None)) is not None:
             return f"{section}.{key}", value
     return None

@@ -42,6 +42,34 @@ def test_a_notebook_comes_back_executed_with_its_log_and_its_cost(queue, noteboo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("queue", ["pbs"], indirect=True)
+def test_a_notebook_on_a_machine_like_nurion_finds_its_data_in_the_burst_buffer(queue, machine, monkeypatch, capsys):
+    queue.rules(queues=["normal"], cores=68)
+    monkeypatch.setenv("PATH", f"{machine.tmp}/commands:{os.environ['PATH']}")
+    monkeypatch.setenv("BASH_FUNC_module%%", "() { :; }")
+    machine.write(machine.scratch / "me/data/volume", "dear")
+    folder = machine.scratch / "me/run"
+    folder.mkdir()
+    cells = [nbformat.v4.new_code_cell("n_ranks = 1", metadata={"tags": ["parameters"]})]
+    code = "import os, shutil; shutil.copy(os.environ['DATA'] + '/volume', os.environ['RESULTS'] + '/model'); n_ranks"
+    cells.append(nbformat.v4.new_code_cell(code))
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "book.ipynb")
+    words = [str(folder / "book.ipynb"), "--site", "played", "--nodes", "3", "--data", f"{machine.scratch}/$USER/data"]
+    monkeypatch.chdir(machine.tmp)
+    assert main([*words, "--wait"]) == 2  # not from here
+    assert f"are taken from {machine.scratch}/$USER only" in capsys.readouterr().err
+    monkeypatch.chdir(folder)
+    assert main([*words, "--wait"]) == 0, capsys.readouterr()
+    told = capsys.readouterr().out
+    assert machine.calls() == [("stage in", ["volume"]), ("sync", ["model"]), ("purge", ["volume", "model"])]
+    assert (machine.scratch / "me/data-results/model").read_text() == "dear"
+    assert "cost: 3 nodes x " in told
+    executed = nbformat.read(re.search("^notebook: (.+)$", told, re.MULTILINE)[1], 4)
+    assert executed.cells[-1].outputs[0].data["text/plain"] == "3"
+
+
+@pytest.mark.slow
 def test_a_notebook_that_fails_shows_its_error_and_is_kept(queue, notebook, monkeypatch, capsys):
     monkeypatch.chdir(queue.work)
     queue.rules(history=queue.kind == "slurm")  # a PBS without history: only the log tells how the job ended
