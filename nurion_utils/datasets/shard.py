@@ -38,23 +38,31 @@ class Shard:
     @property
     def steps(self) -> int:
         """Steps per epoch, ceil(N / (P x B)): the same on every rank."""
-        return -(-self.samples // (self.world_size * self.batch_size))
+        return self.steps_after(0)
 
-    def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def steps_after(self, seen: int) -> int:
+        """Steps that are left of an epoch of which `seen` samples were trained on, on however many ranks."""
+        return -(-(self.samples - seen) // (self.world_size * self.batch_size))
+
+    def epoch(self, epoch: int, seen: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """The samples (int64) and weights (float32) of one epoch, both of shape (steps, batch_size).
+
+        Without the first `seen` samples, where training stopped after these and goes on, be it on other ranks or with
+        other batches: then there are `steps_after(seen)` steps.
 
         The weights are for losses that divide by `batch_size`: 1 in a full step. A last step with only R < P x B
         samples deals them out as evenly as it can and gives them P x B / R. With R < P each sample goes to ceil(P / R)
         ranks or slots, which share its weight: then each rank has one sample, or two (and if `batch_size` is 1, one
         column more). What remains empty repeats the rank's samples of that step with weight 0.
         """
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.samples)
+        whole_number(seen, "seen", least=0, most=self.samples - 1)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.samples)[seen:]
         slots = self.world_size * self.batch_size
-        full, tail = divmod(self.samples, slots)
+        full, tail = divmod(len(order), slots)
         copies = -(-self.world_size // tail) if tail else 1
         width = max(self.batch_size, -(-tail * copies // self.world_size))
-        indices = np.full((self.steps, width), order[0])
-        weights = np.zeros((self.steps, width), np.float32)
+        indices = np.full((self.steps_after(seen), width), order[0])
+        weights = np.zeros(indices.shape, np.float32)
         dealt = order[: full * slots].reshape(full, self.world_size, self.batch_size)
         indices[:full, : self.batch_size] = dealt[:, self.rank]
         weights[:full, : self.batch_size] = 1
@@ -64,7 +72,7 @@ class Shard:
             weights[-1, : len(mine)] = slots / (tail * copies)
         return indices, weights
 
-    def dataset(self, x: Any, y: Any = None, *, start_epoch: int = 0) -> tf.data.Dataset:
+    def dataset(self, x: Any, y: Any = None, *, start_epoch: int = 0, resume: Any = None) -> tf.data.Dataset:
         """Batches (x, y, weight) of this rank, epoch after epoch without end.
 
         >>> model.fit(shard.dataset(x, y), steps_per_epoch=shard.steps, epochs=3)  # doctest: +SKIP
@@ -74,16 +82,25 @@ class Shard:
         only where ranks have unequally many samples. Name metrics in ``compile(weighted_metrics=...)``.
 
         `x` and `y` are arrays of N samples each, or `x` alone a reader: N long, with a method ``read(indices)`` that
-        returns such arrays, as `volumes.Volumes`. A run that resumes begins with `start_epoch`.
+        returns such arrays, as `volumes.Volumes`. It begins with `start_epoch`; or, also within an epoch, where
+        `resume`, a `training.ResumeCallback`, says when training begins.
         """
-        size = None if self.samples % (self.world_size * self.batch_size) else self.batch_size
+        position = (lambda: (start_epoch, 0)) if resume is None else resume.follow(self)
+        # Of a run that resumes, other ranks may leave another last batch.
+        full = resume is None and self.samples % (self.world_size * self.batch_size) == 0
+        size = self.batch_size if full else None
         load = self._loader(x, y, size)
         import tensorflow as tf
 
-        def steps_of(epoch: tf.Tensor) -> tf.data.Dataset:
+        def epochs_from(_: tf.Tensor) -> tf.data.Dataset:
+            begin, seen = tf.numpy_function(lambda: tuple(map(np.int64, position())), [], [tf.int64, tf.int64])
+            epochs = tf.data.Dataset.counter(tf.ensure_shape(begin, []))
+            return epochs.map(lambda epoch: (epoch, tf.where(epoch == begin, tf.ensure_shape(seen, []), 0)))
+
+        def steps_of(*position: tf.Tensor) -> tf.data.Dataset:
             # One call into Python per epoch, not per step.
-            indices, weights = tf.numpy_function(self.epoch, [epoch], [tf.int64, tf.float32])
-            plan = tuple(tf.ensure_shape(part, (self.steps, None)) for part in (indices, weights))
+            indices, weights = tf.numpy_function(self.epoch, position, [tf.int64, tf.float32])
+            plan = tuple(tf.ensure_shape(part, (None, None)) for part in (indices, weights))
             return tf.data.Dataset.from_tensor_slices(plan)
 
         def batch(indices: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -91,7 +108,8 @@ class Shard:
             weights = weights[used] * (tf.reduce_sum(tf.cast(used, tf.float32)) / self.batch_size)
             return *load(indices[used]), tf.ensure_shape(weights, (size,))
 
-        return tf.data.Dataset.counter(start_epoch).flat_map(steps_of).map(batch).prefetch(2)
+        epochs = tf.data.Dataset.from_tensors(0).flat_map(epochs_from)
+        return epochs.flat_map(steps_of).map(batch).prefetch(2)
 
     def _loader(self, x: Any, y: Any, size: int | None) -> Callable[[tf.Tensor], tuple[tf.Tensor, ...]]:
         """From indices to a batch of so many samples; ValueError if the data are of another length, or cannot be."""

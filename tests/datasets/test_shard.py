@@ -97,6 +97,31 @@ def test_another_epoch_or_seed_has_another_order(plan, epoch):
     assert (indices != all_ranks(plan | {"seed": plan["seed"] + 1}, epoch)[0]).any()
 
 
+@given(plan=plans, epoch=epochs, data=st.data())
+def test_what_is_left_of_an_epoch_is_the_rest_of_its_plan(plan, epoch, data):
+    shard = Shard(rank=plan["world_size"] - 1, **plan)
+    done = data.draw(st.integers(0, shard.steps - 1), "steps done")
+    rest, whole = shard.epoch(epoch, done * plan["world_size"] * plan["batch_size"]), shard.epoch(epoch)
+    np.testing.assert_array_equal(rest[0], whole[0][done:])
+    np.testing.assert_array_equal(rest[1], whole[1][done:])
+
+
+@given(plan=plans, epoch=epochs, data=st.data())
+def test_whatever_number_of_ranks_goes_on_with_an_epoch_each_sample_is_in_exactly_one_step(plan, epoch, data):
+    trained, seen = [], 0
+    while seen < plan["samples"]:
+        chosen = {name: data.draw(st.integers(1, 9), name) for name in ("world_size", "batch_size")}
+        shards = [Shard(rank=rank, **(plan | chosen)) for rank in range(chosen["world_size"])]
+        parts = [shard.epoch(epoch, seen) for shard in shards]
+        left = shards[0].steps_after(seen)
+        assert {indices.shape[0] for indices, _ in parts} == {left}
+        done = data.draw(st.integers(1, left), "steps until it is stopped")
+        for step in range(done):
+            trained += set().union(*(set(indices[step][weights[step] > 0]) for indices, weights in parts))
+        seen += done * chosen["world_size"] * chosen["batch_size"]
+    assert sorted(trained) == list(range(plan["samples"]))
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -111,6 +136,12 @@ def test_another_epoch_or_seed_has_another_order(plan, epoch):
 def test_a_wrong_plan_is_refused_in_one_sentence(wrong, says):
     with pytest.raises(ValueError, match=says):
         Shard(**({"samples": 10, "world_size": 2, "rank": 0, "batch_size": 2} | wrong))
+
+
+@pytest.mark.parametrize("seen", [-1, 10, 2.0])
+def test_an_epoch_cannot_begin_outside_of_itself(seen):
+    with pytest.raises(ValueError, match=f"seen must be a whole number from 0 to 9, not {seen}"):
+        Shard(samples=10, world_size=2, rank=0, batch_size=2).epoch(0, seen)
 
 
 def test_data_of_another_length_are_refused():
@@ -138,6 +169,29 @@ def test_the_dataset_goes_through_the_epochs_of_the_plan_from_where_it_is_told_w
         np.testing.assert_array_equal(y, x * 10)
         # Keras divides by the size of this batch, the plan by batch_size.
         np.testing.assert_allclose(weight / len(x), weights[weights > 0] / plan["batch_size"], rtol=1e-6)
+
+
+class Position:
+    """Stands for a ResumeCallback."""
+
+    def follow(self, shard):
+        return lambda: self.at
+
+
+@pytest.mark.tensorflow
+@settings(max_examples=10, deadline=None)
+@given(plan=plans, data=st.data())
+def test_the_dataset_begins_where_training_resumes_each_time_that_it_is_begun(plan, data):
+    shard, resume = Shard(rank=plan["world_size"] - 1, **plan), Position()
+    numbers = np.arange(plan["samples"])
+    dataset = shard.dataset(numbers, numbers, resume=resume)
+    for epoch in (2, 0):
+        resume.at = epoch, data.draw(st.integers(0, plan["samples"] - 1), "samples seen")
+        plans_of_two = shard.epoch(*resume.at), shard.epoch(epoch + 1)
+        planned = [step for plan_of_one in plans_of_two for step in zip(*plan_of_one, strict=True)]
+        found = [x.numpy() for x, _, _ in dataset.take(len(planned))]
+        for x, (indices, weights) in zip(found, planned, strict=True):
+            np.testing.assert_array_equal(x, indices[weights > 0])
 
 
 @pytest.mark.tensorflow
