@@ -58,6 +58,19 @@ def identity(environment: Mapping[str, str] = os.environ) -> Identity:
     return Identity(0, 1, 0)
 
 
+def end_of_job(environment: Mapping[str, str] = os.environ) -> float | None:
+    """When the job ends that this process belongs to, in seconds since 1970; None if nobody says.
+
+    A job script says it in ``NURION_ENDS_AT``, Slurm in ``SLURM_JOB_END_TIME``; ValueError if that is no number.
+    """
+    for name in ("NURION_ENDS_AT", "SLURM_JOB_END_TIME"):
+        if told := environment.get(name):
+            if not re.fullmatch(r"\d+(\.\d+)?", told):
+                raise ValueError(f"{name} must be the seconds since 1970 at which the job ends, not {told!r}")
+            return float(told)
+    return None
+
+
 def own_environment() -> dict[str, str]:
     """The environment of this process without what an outer launch told it: for ranks that are started from here."""
     return {name: value for name, value in os.environ.items() if not OUTER.match(name)}

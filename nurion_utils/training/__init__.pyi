@@ -14,3 +14,4 @@ from .elastic import ElasticState as ElasticState
 from .elastic import elastic_launch as elastic_launch
 from .elastic import elastic_run as elastic_run
 from .optimizer import DistributedOptimizer as DistributedOptimizer
+from .resume import ResumeCallback as ResumeCallback

@@ -22,9 +22,9 @@ def broadcast_model(model: keras.Model) -> None:
     compiled, or differs between ranks in the name, shape or type of a variable.
     """
     variables = all_variables(model)
-    ranks = _ranks_of(model)
+    ranks = ranks_of(model)
     # Otherwise the others would wait for ever for the variables that a rank does not have.
-    require_alike(ranks, outline(model.weights) + _outline_of_slots(variables[len(model.weights) :]))
+    require_alike(ranks, outline(model.weights) + outline_of_slots(variables[len(model.weights) :]))
     for variable in variables:
         variable.assign(_broadcast(ranks, variable, 0))
 
@@ -67,7 +67,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         logs = {} if logs is None else logs
         mine = {name: value if value is None else keras.ops.convert_to_numpy(value) for name, value in logs.items()}
-        everyones = _ranks_of(self.model).allgather(mine)
+        everyones = ranks_of(self.model).allgather(mine)
         for rank, metrics in enumerate(everyones):
             if metrics.keys() != everyones[0].keys():
                 raise ValueError(
@@ -102,9 +102,9 @@ class SyncCheckCallback(keras.callbacks.Callback):
     """
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        ranks = _ranks_of(self.model)
+        ranks = ranks_of(self.model)
         weights, slots = self.model.trainable_variables, variables_of(self.model.optimizer)
-        require_alike(ranks, outline(weights) + _outline_of_slots(slots))
+        require_alike(ranks, outline(weights) + outline_of_slots(slots))
         variables = [*weights, *slots]
         mine = [digest(keras.ops.convert_to_numpy(variable).tobytes()) for variable in variables]
         digests = np.array(ranks.allgather(mine))
@@ -128,11 +128,12 @@ def _require_equal(ranks: Communicator, variable: keras.Variable, digests: np.nd
         )
 
 
-def _ranks_of(model: keras.Model) -> Communicator:
+def ranks_of(model: keras.Model) -> Communicator:
+    """All ranks that train this model together."""
     return communicator(isinstance(getattr(model.optimizer, "_reduction", None), PluggedReduction))
 
 
-def _outline_of_slots(slots: list[keras.Variable]) -> list[str]:
+def outline_of_slots(slots: list[keras.Variable]) -> list[str]:
     """Keras makes their names from those of the weights, so only shapes and types tell more."""
     return [f"of the optimizer, of shape {tuple(slot.shape)} and type {slot.dtype}" for slot in slots]
 

@@ -87,9 +87,14 @@ def require_alike(ranks: Communicator, outlined: list[str]) -> None:
         return
     everyones = ranks.allgather(outlined)
     other = next(rank for rank, theirs in enumerate(everyones) if theirs != everyones[0])
-    pairs = itertools.zip_longest(everyones[other], everyones[0], fillvalue="missing")
-    place, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    place, theirs, ours = first_difference(everyones[other], everyones[0])
     raise ValueError(
         f"all ranks must have the same variables in the same order, but of the {len(everyones[other])} of rank {other} "
         f"number {place} is {theirs}, and of the {len(everyones[0])} of rank 0 it is {ours}"
     )
+
+
+def first_difference(these: list[str], those: list[str]) -> tuple[int, str, str]:
+    """Where two lists that are not equal first differ, and in what."""
+    pairs = itertools.zip_longest(these, those, fillvalue="missing")
+    return next((place, *pair) for place, pair in enumerate(pairs) if pair[0] != pair[1])

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from nurion_utils.ranks import identity, own_environment
-from nurion_utils.ranks.environment import Identity
+from nurion_utils.ranks.environment import Identity, end_of_job
 
 LAUNCHED = {
     "Hydra": {"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1"},
@@ -81,6 +81,27 @@ def job():
 with ranks.start(2) as world:
     print(world.run(job, timeout_s=240))
 """
+
+
+@pytest.mark.parametrize(
+    ("told", "ends_at"),
+    [
+        ({}, None),
+        ({"NURION_ENDS_AT": ""}, None),
+        ({"SLURM_JOB_END_TIME": "1764215000"}, 1764215000),
+        ({"NURION_ENDS_AT": "1764214000.5", "SLURM_JOB_END_TIME": "1764215000"}, 1764214000.5),
+    ],
+)
+def test_a_job_tells_when_it_ends_and_its_script_knows_better_than_slurm(told, ends_at) -> None:
+    assert end_of_job(told) == ends_at
+
+
+@pytest.mark.parametrize("told", ["noon", "nan", "-1", "2026-11-27"])
+def test_an_end_of_a_job_that_is_not_in_seconds_is_refused(told) -> None:
+    with pytest.raises(ValueError, match=f"^NURION_ENDS_AT must be the seconds since 1970 .* not '{told}'$"):
+        end_of_job({"NURION_ENDS_AT": told})
+
+
 PMIX = {"PMIX_RANK": "3", "PMIX_NAMESPACE": "slurm.pmix.1.0", "PMIX_SERVER_URI2": "x;tcp4://127.0.0.1:1"}
 
 
