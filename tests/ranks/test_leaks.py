@@ -109,7 +109,8 @@ ORDERLY = {
     "its end without stop()": ("", "", 0),
     "an error": ("world.run(divmod, 1, 0)", "RankError: rank 0 of 2 raised ZeroDivisionError", 1),
     "a world that nobody holds any more": (
-        "pid = world._processes._guardian.pid\ndel world\ntime.sleep(3)\nassert not os.path.exists(f'/proc/{pid}')",
+        "pid = world._processes._guarded.process.pid\ndel world\ntime.sleep(3)\n"
+        "assert not os.path.exists(f'/proc/{pid}')",
         "",
         0,
     ),

@@ -245,7 +245,7 @@ def test_errors_and_results_that_do_not_pickle_still_name_the_rank(world2: ranks
 
 
 def processes_of(world: ranks.World) -> list[psutil.Process]:
-    guardian = psutil.Process(world._processes._guardian.pid)
+    guardian = psutil.Process(world._processes._guarded.process.pid)
     return [guardian, *guardian.children(recursive=True)]
 
 

@@ -1,2 +1,3 @@
 from . import elastic as elastic
-from . import lab as lab
+from . import nodes as nodes
+from .guarded import Guarded as Guarded

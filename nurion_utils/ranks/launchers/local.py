@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
-import secrets
 import select
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from nurion_utils.ranks import failures
 from nurion_utils.ranks.environment import own_environment
 from nurion_utils.ranks.failures import RankError
 from nurion_utils.ranks.guardian import descendants
+from nurion_utils.ranks.launchers.guarded import Guarded
 
 START_TIMEOUT_S = 120.0
 LAST_S = 0.3  # a node's first process is the last one that is seen to end
@@ -71,36 +66,19 @@ class LocalRanks:
     def __init__(
         self, shares: list[list[int]], env: dict[str, str], place: Placement, resources: contextlib.ExitStack
     ) -> None:
-        _remove_stale_run_directories()
         self.n, self._resources = len(shares), resources
         self.names = [*(f"rank{rank}" for rank in range(self.n)), "controller"]  # of processes and their files
         self._processes: dict[str, int] = {}  # pidfds: unlike pids they are never another process'
         self._nodes: dict[str, list[str]] = {}  # the ranks of each virtual node
-        self._guardian: subprocess.Popen | None = None
         self._deadline_s = time.monotonic() + START_TIMEOUT_S
-        # An interrupt may come between any two lines: what must be undone is noted down before it is done.
-        self.directory = Path(tempfile.gettempdir(), f"nurion-{secrets.token_hex(6)}")
+        self._guarded = Guarded(resources, place.around, {**own_environment(), **place.env})
+        self.directory, self.end = self._guarded.directory, self._guarded.end
         self.connection_file = self.directory / "profile" / "security" / "ipcontroller-client.json"
-        resources.callback(shutil.rmtree, self.directory, ignore_errors=True)
-        self.directory.mkdir(mode=0o700)
-        resources.callback(self.end)
-        owner = os.pidfd_open(os.getpid())
-        resources.callback(os.close, owner)
-        self._guardian = subprocess.Popen(
-            [*place.around, sys.executable, "-I", "-S", str(HERE / "guardian.py"), str(self.directory), str(owner)],
-            env={**own_environment(), **place.env},
-            pass_fds=[owner],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # a Ctrl-C in a terminal is for the notebook, not for the clean-up
-        )
-        request = self._request(shares, env, place)
-        self._guardian.stdin.write(json.dumps(request).encode() + b"\n")
-        self._guardian.stdin.flush()
+        own = {"IPYTHONDIR": str(self.directory / "ipython"), "TMPDIR": str(self.directory)}
+        environment = {**own_environment(), **own, **env}
+        self._guarded.begin(self._commands(shares, place), environment, place.build(self.directory))
 
-    def _request(self, shares: list[list[int]], env: dict[str, str], place: Placement) -> dict[str, Any]:
-        """What the guardian is to build, and which commands it is to start, in which environment."""
+    def _commands(self, shares: list[list[int]], place: Placement) -> dict[str, list[str]]:
         where = ["--transport=ipc", f"--ip={self.directory}/c"] if place.sockets else ["--ip=127.0.0.1"]
         engines = [
             *[*place.mpiexec, "-n", str(self.n)],
@@ -108,20 +86,12 @@ class LocalRanks:
             *[sys.executable, "-P", str(HERE / "engine.py"), str(self.directory), json.dumps(shares)],
             str(place.progress_s),
         ]
-        own = {"IPYTHONDIR": str(self.directory / "ipython"), "TMPDIR": str(self.directory)}
-        return {
-            "build": place.build(self.directory),
-            "commands": {
-                "controller": controller(self.directory, [*where, "--location=127.0.0.1"]),
-                "mpiexec": engines,
-            },
-            "env": {**own_environment(), **own, **env},
-        }
+        return {"controller": controller(self.directory, [*where, "--location=127.0.0.1"]), "mpiexec": engines}
 
     def require_starting(self) -> None:
         """Pause for a moment, or raise RankError when waiting for the ranks has become useless."""
-        if self._guardian.poll() is not None:
-            raise RankError(f"the ranks could not be started\n{self._guardian.stderr.read().decode()}")
+        if (words := self._guarded.why_it_ended()) is not None:
+            raise RankError(f"the ranks could not be started\n{words}")
         if ended := sorted(file.stem for file in self.directory.glob("rank*.status")):
             raise RankError(f"the ranks did not start: {failures.ended(ended, self.directory)}")
         if time.monotonic() > self._deadline_s:
@@ -131,7 +101,8 @@ class LocalRanks:
 
     def hold(self) -> None:
         """Once all ranks have answered: hold on to their processes, to see them end and to signal them."""
-        here = dict(map(_identity, [self._guardian.pid, *descendants(self._guardian.pid)]))
+        guardian = self._guarded.process.pid
+        here = dict(map(_identity, [guardian, *descendants(guardian)]))
         for name in [*self.names, "mpiexec"]:
             said = json.loads((self.directory / f"{name}.process").read_text())
             self._hold(name, here[said["namespace"], said["pid"]])
@@ -179,16 +150,6 @@ class LocalRanks:
             self.signal(rank, signal.SIGUSR1)  # faulthandler writes down where it is, whatever it does
         return failures.where(ranks, self.directory)
 
-    def end(self) -> None:
-        """End all processes, and wait until that is done."""
-        if self._guardian is None:
-            return
-        with contextlib.suppress(OSError, ValueError):  # it has ended, or was told before
-            self._guardian.stdin.write(b"end\n")  # said explicitly: a forked child may keep the pipe open
-            self._guardian.stdin.close()
-        self._guardian.wait()
-        self._guardian.stderr.close()
-
 
 def _identity(pid: int) -> tuple[tuple[str, int], int]:
     """What a process, `pid` here, knows itself by: its namespace and its number in it; nothing if it has ended."""
@@ -196,13 +157,3 @@ def _identity(pid: int) -> tuple[tuple[str, int], int]:
         numbers = re.search(r"^NSpid:.*?(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
         return (os.readlink(f"/proc/{pid}/ns/pid"), int(numbers[1])), pid
     return ("", pid), pid
-
-
-def _remove_stale_run_directories() -> None:
-    """Sweep up after guardians that were killed themselves, the one end they cannot clean up after."""
-    for directory in Path(tempfile.gettempdir()).glob("nurion-*"):
-        with contextlib.suppress(OSError):
-            if directory.stat().st_uid == os.getuid():
-                with open(directory / "lock") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused as long as the guardian lives
-                    shutil.rmtree(directory)

@@ -139,7 +139,7 @@ def build(count: int, rate_mbit: float | None, shared: Iterable[str | Path], blo
         rate = 1e6 * number(rate_mbit, "rate_mbit", least=1, most=10_000)
         bucket = f"tbf rate {rate:.0f}bit burst {max(1.6 * MTU, rate / 8 * BURST_S):.0f} limit {LIMIT}"
         shaper = f"tc qdisc add dev {{0}} root {bucket}\nip link set {{0}} gso_max_segs 1"
-    hosts = [f"127.0.0.1 localhost {HEAD}", f"{HEAD_ADDRESS} {HEAD}"]
+    hosts = ["127.0.0.1 localhost", f"{HEAD_ADDRESS} {HEAD}"]
     hosts += [f"{ADDRESS}{i + 1} {name}" for i, name in enumerate(names(count))]
     wall = ""
     if blocked is not None:

@@ -1,0 +1,2 @@
+from .slurm import Cluster as Cluster
+from .slurm import ClusterError as ClusterError
