@@ -4,17 +4,21 @@ Everything that must happen before TensorFlow, Horovod or MPI are loaded happens
 inherit the pinning only when they start after it.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
 
 from nurion_utils.ranks import stalls
+from nurion_utils.ranks.failures import RankError
 from nurion_utils.ranks.guardian import end_with_parent, mapped_by, remove
 
 
@@ -34,6 +38,8 @@ def cores_by_rank(n: int, cores: list[int]) -> list[list[int]]:
 
 def main() -> None:
     """Become rank PMI_RANK of those whose run directory, shares of cores and pause the command line names."""
+    if sys.argv[1] == "--of":
+        return on_a_node(Path(sys.argv[2]))
     run_directory, shares, progress_s = Path(sys.argv[1]), json.loads(sys.argv[2]), float(sys.argv[3])
     rank = int(os.environ["PMI_RANK"])  # of MPICH's own launcher, which started this process
     own = run_directory / f"rank{rank}"
@@ -41,6 +47,55 @@ def main() -> None:
     os.sched_setaffinity(0, shares[rank])
     stay_outside(Path(f"{own}.status"))
     end_with_parent()
+    work(own, run_directory / "profile", progress_s)
+
+
+def on_a_node(shared: Path) -> None:
+    """Become a rank of those whose world is described in the folder `shared`, on a node of a job."""
+    from nurion_utils.ranks import agent, controller, folders
+    from nurion_utils.ranks.environment import identity
+
+    world, who = json.loads((shared / "world.json").read_text()), identity()
+
+    def fail(sentence: str) -> None:
+        folders.write_whole(shared / f"rank{who.rank}.fault", sentence.encode())
+        os._exit(1)
+
+    def require_one_world(size: int) -> None:
+        if size != world["n"]:
+            fail(
+                f"there is no world of {world['n']} ranks, but a rank on node {os.uname().nodename} in one of {size}: "
+                f"the launcher {world['launcher']!r} and this environment's MPI do not understand each other; give the "
+                "site one that does, such as 'mpiexec -n {ranks} -ppn {ranks_per_node}', or srun with --mpi=pmi2"
+            )
+
+    require_one_world(who.size)
+    try:
+        chosen = agent.choose(shared, who.rank, controller.for_nodes)
+    except RankError as error:
+        fail(str(error))
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) == world["cores"]:  # else others use them, too: who sits where is for the node to say
+        os.sched_setaffinity(0, cores_by_rank(world["ranks_per_node"], cores)[who.local_rank])
+    folder = folders.on_this_node()
+    if child := os.fork():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
+        try:
+            agent.look_after(child, who.rank, folder / "rank", world, chosen)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    end_with_parent()
+    os.environ["IPYTHONDIR"] = str(folder)
+    work(folder / "rank", Path(chosen["profile"]), require_one_world=require_one_world)
+
+
+def work(
+    own: Path, profile: Path, progress_s: float = 0.0, require_one_world: Callable[[int], None] = lambda size: None
+) -> None:
+    """Be a rank until the end: an engine of the controller whose files are in `profile`; its own are `own`.*."""
     note_output(own)
     process = {"pid": os.getpid(), "namespace": os.readlink("/proc/self/ns/pid"), "node": os.uname().nodename}
     Path(f"{own}.process").write_text(json.dumps(process))
@@ -51,6 +106,7 @@ def main() -> None:
     from ipyparallel.engine.app import IPEngine
     from mpi4py import MPI
 
+    require_one_world(MPI.COMM_WORLD.size)
     stalls.answer(own)
     # Cells show what Python prints. ipykernel would also forward what C++ libraries log; that stays in the log file.
     OutStream.__init__ = partialmethod(OutStream.__init__, watchfd=False)
@@ -62,13 +118,13 @@ def main() -> None:
     # rank that waits there where it is.
     MPI.COMM_WORLD.allreduce(0)
     remove(mapped_by(os.getpid()))  # all have it open; without a name it cannot outlive them
-    connection_file = run_directory / "profile" / "security" / "ipcontroller-engine.json"
+    connection_file = profile / "security" / "ipcontroller-engine.json"
     while not is_complete(connection_file):
         time.sleep(0.02)  # the guardian ends us if the controller never comes
     sys.argv = [
-        *["ipengine", f"--file={connection_file}", f"--profile-dir={run_directory / 'profile'}", "--mpi"],
+        *["ipengine", f"--file={connection_file}", f"--profile-dir={profile}", "--mpi"],
         *["--timeout=60", "--log-level=ERROR"],
-        "--IPEngine.enable_nanny=False",  # the guardian watches; saves one Python process per rank
+        "--IPEngine.enable_nanny=False",  # somebody watches; saves one Python process per rank
         "--IPEngine.max_heartbeat_misses=0",  # nor need a rank suspect that the controller is gone
     ]
     if progress_s:
@@ -97,20 +153,6 @@ def note_output(own: Path) -> None:
     stacks = open(f"{own}.stack", "ab", buffering=0)  # to append, for who reads it may empty it
     faulthandler.enable(log, all_threads=False)
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
-
-
-def controller() -> None:
-    """What connects the notebook with the ranks; the command line is that of ipyparallel's controller."""
-    os.register_at_fork(after_in_child=end_with_parent)  # it forks a process for the heartbeats
-    from ipyparallel.controller.app import IPController
-
-    def url(self: IPController, kind: str, channel: str, index: int | None = None) -> str:
-        """Where it listens is where it tells others to connect, over ipc too."""
-        info = getattr(self, f"{kind}_info")
-        return f"{info['interface']}:{info[channel] if index is None else info[channel][index]}"
-
-    IPController.construct_url = url
-    IPController.launch_instance()
 
 
 def is_complete(path: Path) -> bool:

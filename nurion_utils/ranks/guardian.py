@@ -75,7 +75,8 @@ def kill_everything_below() -> None:
     if os.getpid() == 1:  # of a namespace: its processes are all others, and its shared memory goes with it
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)
-        return reap(options=0)
+        reap(options=0)
+        return
     segments: set[str] = set()
     while pids := descendants(os.getpid()):
         # They stop first: what a process makes between a look at it and its end would stay.
@@ -90,11 +91,13 @@ def kill_everything_below() -> None:
     remove(segments)
 
 
-def reap(options: int = os.WNOHANG) -> None:
-    """Collect ended children, adopted ones included: in a container perhaps nobody would after us."""
+def reap(options: int = os.WNOHANG) -> dict[int, int]:
+    """Collect ended children, adopted ones included: in a container perhaps nobody would after us. Gives statuses."""
+    ended = {}
     with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, options)[0]:
-            pass
+        while (found := os.waitpid(-1, options))[0]:
+            ended[found[0]] = os.waitstatus_to_exitcode(found[1])
+    return ended
 
 
 def main() -> None:
@@ -102,12 +105,14 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a Ctrl-C meant for the notebook must not end the clean-up
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+    farewell, names = "", {}
     try:
         path = os.path.join(run_directory, "lock")  # in use until this process ends, also by SIGKILL
         lock = os.open(f"{path}.new", os.O_CREAT | os.O_WRONLY, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.rename(f"{path}.new", path)  # under its name it is never seen without the lock
         request = json.loads(sys.stdin.buffer.raw.readline())
+        farewell = request["farewell"]
         building = subprocess.Popen(
             ["sh", "-ec", request["build"]], env=request["env"], stdin=subprocess.DEVNULL, stdout=sys.stderr
         )
@@ -126,13 +131,19 @@ def main() -> None:
                     start_new_session=True,
                     preexec_fn=end_with_parent,
                 )
+            names[process.pid] = name
             with open(os.path.join(run_directory, f"{name}.process"), "w") as file:
                 here = {"namespace": os.readlink("/proc/self/ns/pid"), "node": os.uname().nodename}
                 json.dump({"pid": process.pid, **here}, file)
         while not select.select([sys.stdin, owner], [], [], 0.5)[0]:
-            reap()
+            for pid, status in reap().items():
+                if pid in names:
+                    with open(os.path.join(run_directory, f"{names[pid]}.ended"), "w") as file:
+                        file.write(str(status))
     finally:
         kill_everything_below()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it concerns other machines, which may not answer
+            subprocess.run(["sh", "-c", farewell], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=20)
         shutil.rmtree(run_directory, ignore_errors=True)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from nurion_utils.ranks import failures, notebook
 from nurion_utils.ranks.failures import RankError, plainly
 from nurion_utils.ranks.launchers.local import LocalRanks
+from nurion_utils.ranks.launchers.remote import RemoteRanks
 from nurion_utils.ranks.stalls import Call
 
 GRACE_S = 3.0  # how long ranks may go on after one has raised, before they count as waiting for it
@@ -22,7 +23,7 @@ STOPPED_AT_WORK = RankError("this world was stopped while its ranks were at work
 class Watcher:
     """A thread that looks after started ranks, and the one way to wait for them."""
 
-    def __init__(self, processes: LocalRanks, client: Any) -> None:
+    def __init__(self, processes: LocalRanks | RemoteRanks, client: Any) -> None:
         self.broken: str | None = None  # why these ranks are of no more use
         self.stopping = threading.Event()
         self.ending = threading.RLock()

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from nurion_utils import sites
 from nurion_utils._checks import whole_number
@@ -26,25 +26,34 @@ from nurion_utils.ranks.engine import cores_by_rank, is_complete
 from nurion_utils.ranks.environment import rank_environment
 from nurion_utils.ranks.failures import RankError
 from nurion_utils.ranks.interrupts import close_for, no_interrupt_lost
-from nurion_utils.ranks.launchers import lab
+from nurion_utils.ranks.launchers import allocation, lab, placing
 from nurion_utils.ranks.launchers.local import START_TIMEOUT_S, LocalRanks, Placement
+from nurion_utils.ranks.launchers.placing import Wanted
+from nurion_utils.ranks.launchers.remote import RemoteRanks
 from nurion_utils.ranks.watching import Watcher
 
 T = TypeVar("T")
 
 
 def start(
-    n: int, env: dict[str, str] | None = None, cores_per_rank: int | None = None, rate_mbit: float | None = None
+    n: int,
+    env: dict[str, str] | None = None,
+    cores_per_rank: int | None = None,
+    rate_mbit: float | None = None,
+    site: str | None = None,
+    **wanted: Unpack[Wanted],
 ) -> World:
-    """Start `n` MPI ranks on this machine and wait until they answer; ``%%px`` cells then run on them.
+    """Start `n` MPI ranks and wait until they answer; ``%%px`` cells then run on them.
 
-    ValueError, before anything is started, for numbers or variables that are not possible; RankError if the ranks do
-    not start.
+    In a job of Slurm or PBS Pro they start on the job's nodes, elsewhere on this machine, unless `site` names a machine
+    with a scheduler: then a job is submitted, and this waits until it runs. ValueError, before anything is started, for
+    what is not possible; RankError if the ranks do not start.
 
     Parameters
     ----------
     n
-        Number of ranks, at most ``ranks.max_ranks`` of site "local". More ranks than cores share the cores.
+        Number of ranks; on this machine at most ``ranks.max_ranks`` of site "local". More ranks than cores share the
+        cores.
     env
         Environment variables for the ranks, on top of the defaults of `rank_environment`. Horovod waits for ever for
         a rank that leaves out a collective and does not return; with ``{"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "60"}``
@@ -56,33 +65,56 @@ def start(
         If given, each rank sits on a virtual node of its own, with all cores and a link that can send, and at the same
         time receive, so many 10^6 bits per second, 1 to 10,000; two cores keep up with 8 nodes at 100. NodesError if
         this machine does not permit it.
+    site
+        Name of a site (``python -m nurion_utils.sites``): "local" for this machine, whatever it is.
+    **wanted
+        Of a job: ``nodes``, as many as ranks unless told otherwise; for a new one ``minutes`` of walltime (60),
+        ``queue``, further ``options`` of its scheduler, and ``wait_s``, after which it is given up.
     """
     with no_interrupt_lost():
-        machine = sites.load("local")
         whole_number(n, "the number of ranks")
-        if n > machine.ranks.max_ranks:
-            raise ValueError(f"{n} ranks are more than the {machine.ranks.max_ranks} that site 'local' allows")
         for name, value in (env or {}).items():
             if not (isinstance(name, str) and isinstance(value, str)):
                 raise ValueError(f"environment variables are strings, not {name!r}: {value!r}")
-        cores = sorted(os.sched_getaffinity(0))
-        most = max(1, len(cores) // n)
-        if cores_per_rank is not None and cores_per_rank not in range(1, most + 1):
-            raise ValueError(f"{n} ranks can have 1 to {most} cores each here, not {cores_per_rank!r}")
-        shares = cores_by_rank(n, cores[: n * cores_per_rank] if cores_per_rank else cores)
-        # a container may grant the time of fewer cores than it lets us run on
-        threads = max(1, min(len(shares[0]), machine.node.cores // n))
-        place = Placement()
-        if rate_mbit is not None:
-            place, shares = lab.placement(n, rate_mbit), [cores] * n
-        env = {**rank_environment(threads), **place.env, **(env or {})}
-        return World(n, partial(LocalRanks, shares, env, place), rate_mbit)
+        job = allocation.current()
+        if rate_mbit is None and (site or (job and not job.is_here)) and site != "local":
+            there = sites.load(site or ("slurm" if job.scheduler == "Slurm" else "pbs"))
+            if there.scheduler is None:
+                raise ValueError(
+                    f"site {there.name!r} has no scheduler: take one that has, such as 'slurm', or 'local'"
+                )
+            mine = job if job and job.scheduler == there.scheduler.kind else None
+            asked = placing.request(n, there, cores_per_rank, mine, wanted, env or {})
+            return World(n, partial(RemoteRanks, asked), None)
+        if wanted:
+            raise ValueError(f"{next(iter(wanted))} is for ranks of a job: name its site, as site='slurm'")
+        return _on_this_machine(n, env or {}, cores_per_rank, rate_mbit)
+
+
+def _on_this_machine(n: int, env: dict[str, str], cores_per_rank: int | None, rate_mbit: float | None) -> World:
+    machine = sites.load("local")
+    if n > machine.ranks.max_ranks:
+        raise ValueError(f"{n} ranks are more than the {machine.ranks.max_ranks} that site 'local' allows")
+    cores = sorted(os.sched_getaffinity(0))
+    most = max(1, len(cores) // n)
+    if cores_per_rank is not None and cores_per_rank not in range(1, most + 1):
+        raise ValueError(f"{n} ranks can have 1 to {most} cores each here, not {cores_per_rank!r}")
+    shares = cores_by_rank(n, cores[: n * cores_per_rank] if cores_per_rank else cores)
+    # a container may grant the time of fewer cores than it lets us run on
+    threads = max(1, min(len(shares[0]), machine.node.cores // n))
+    place = Placement()
+    if rate_mbit is not None:
+        place, shares = lab.placement(n, rate_mbit), [cores] * n
+    env = {**rank_environment(threads), **place.env, **env}
+    return World(n, partial(LocalRanks, shares, env, place), rate_mbit)
 
 
 class World(AbstractContextManager):
     """`n` started ranks, on links of `rate_mbit` if not None. Use it as a context manager, or call `stop`."""
 
-    def __init__(self, n: int, launch: Callable[[ExitStack], LocalRanks], rate_mbit: float | None) -> None:
+    def __init__(
+        self, n: int, launch: Callable[[ExitStack], LocalRanks | RemoteRanks], rate_mbit: float | None
+    ) -> None:
         self.n, self.rate_mbit, self._launch = n, rate_mbit, launch
         self._turn = threading.RLock()  # held by the thread whose call the ranks are given
         self._start()
@@ -162,7 +194,7 @@ class World(AbstractContextManager):
             self.stop()
             raise
 
-    def _connect(self, processes: LocalRanks) -> None:
+    def _connect(self, processes: LocalRanks | RemoteRanks) -> None:
         import cloudpickle  # noqa: F401 (so that the first call, too, finds nothing to import)
         import ipyparallel  # 0.5 s of imports, while the ranks are starting
 

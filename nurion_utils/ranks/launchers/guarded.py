@@ -1,7 +1,6 @@
 """Processes that end with this one, whatever happens to it: started and ended by a guardian, `ranks.guardian`."""
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -14,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nurion_utils.ranks.folders import sweep
 from nurion_utils.ranks.interrupts import close_for
 
 GUARDIAN = Path(__file__).parents[1] / "guardian.py"
@@ -26,7 +26,7 @@ class Guarded:
     """
 
     def __init__(self, resources: contextlib.ExitStack, around: Sequence[str], env: Mapping[str, str]) -> None:
-        _remove_stale_run_directories()
+        sweep()
         self.process: subprocess.Popen | None = None
         self._resources = resources
         # An interrupt may come between any two lines: what must be undone is noted down before it is done.
@@ -48,9 +48,14 @@ class Guarded:
             start_new_session=True,  # a Ctrl-C in a terminal is for the notebook, not for the clean-up
         )
 
-    def begin(self, commands: Mapping[str, Sequence[str]], env: Mapping[str, str], build: str = "") -> None:
-        """Have the guardian carry out `build`, in a shell, and then start the commands; their logs are NAME.log."""
-        request: dict[str, Any] = {"build": build, "commands": commands, "env": env}
+    def begin(
+        self, commands: Mapping[str, Sequence[str]], env: Mapping[str, str], build: str = "", farewell: str = ""
+    ) -> None:
+        """Have the guardian carry out `build`, in a shell, and then start the commands; their logs are NAME.log.
+
+        When all has been ended it carries out `farewell`, also if this process was killed.
+        """
+        request: dict[str, Any] = {"build": build, "commands": commands, "env": env, "farewell": farewell}
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
         self.process.stdin.flush()
 
@@ -62,6 +67,10 @@ class Guarded:
         """What the guardian said before it ended by itself; None as long as it lives."""
         return None if self.process.poll() is None else self.process.stderr.read().decode(errors="replace")
 
+    def has_ended(self, name: str) -> bool:
+        """Whether the command of that name has ended by itself."""
+        return (self.directory / f"{name}.ended").exists()
+
     def end(self) -> None:
         """End all processes, and wait until that is done."""
         if self.process is None:
@@ -71,13 +80,3 @@ class Guarded:
             self.process.stdin.close()
         self.process.wait()
         self.process.stderr.close()
-
-
-def _remove_stale_run_directories() -> None:
-    """Sweep up after guardians that were killed themselves, the one end they cannot clean up after."""
-    for directory in Path(tempfile.gettempdir()).glob("nurion-*"):
-        with contextlib.suppress(OSError):
-            if directory.stat().st_uid == os.getuid():
-                with open(directory / "lock") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused as long as the guardian lives
-                    shutil.rmtree(directory)

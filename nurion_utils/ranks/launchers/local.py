@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nurion_utils.ranks import failures
+from nurion_utils.ranks import controller, failures
 from nurion_utils.ranks.environment import own_environment
 from nurion_utils.ranks.failures import RankError
 from nurion_utils.ranks.guardian import descendants
@@ -23,20 +23,6 @@ from nurion_utils.ranks.launchers.guarded import Guarded
 START_TIMEOUT_S = 120.0
 LAST_S = 0.3  # a node's first process is the last one that is seen to end
 HERE = Path(__file__).parents[1]
-
-
-def controller(directory: Path, where: list[str]) -> list[str]:
-    """The command of what connects a notebook with its ranks, listening `where`; its files are in `directory`."""
-    return [
-        *[sys.executable, "-P", "-c", "from nurion_utils.ranks.engine import controller; controller()"],
-        *[f"--profile-dir={directory / 'profile'}", *where, "--usethreads", "--nodb", "--log-level=ERROR"],
-        # A rank answers calls from its second heartbeat on, so they come quickly; but that a rank is dead is for the
-        # watcher to say: a machine too busy for heartbeats must not lose its ranks.
-        *["--HeartMonitor.period=200", "--HeartMonitor.max_heartmonitor_misses=1000000000"],
-        # Nobody uses the scheduler of tasks, but all ranks connect to its ports: with none there, they would try for
-        # ever, and be taken for a peer by whoever is given that port next, such as Gloo.
-        *["--TaskScheduler.scheme_name=pure", "--IPController.broadcast_scheduler_depth=0"],
-    ]
 
 
 @dataclass(frozen=True)
@@ -79,14 +65,14 @@ class LocalRanks:
         self._guarded.begin(self._commands(shares, place), environment, place.build(self.directory))
 
     def _commands(self, shares: list[list[int]], place: Placement) -> dict[str, list[str]]:
-        where = ["--transport=ipc", f"--ip={self.directory}/c"] if place.sockets else ["--ip=127.0.0.1"]
+        connecting = controller.in_files if place.sockets else controller.on_this_machine
         engines = [
             *[*place.mpiexec, "-n", str(self.n)],
             # -P: this package's modules must not be importable as `ranks` or `training`
             *[sys.executable, "-P", str(HERE / "engine.py"), str(self.directory), json.dumps(shares)],
             str(place.progress_s),
         ]
-        return {"controller": controller(self.directory, [*where, "--location=127.0.0.1"]), "mpiexec": engines}
+        return {"controller": connecting(self.directory), "mpiexec": engines}
 
     def require_starting(self) -> None:
         """Pause for a moment, or raise RankError when waiting for the ranks has become useless."""

@@ -1,0 +1,206 @@
+"""Ranks on the nodes of a job: started by the site's own launcher, looked after by an agent beside each (`agent`)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from nurion_utils import schedulers
+from nurion_utils.ranks import agent, controller, failures
+from nurion_utils.ranks.environment import own_environment
+from nurion_utils.ranks.failures import RankError
+from nurion_utils.ranks.folders import write_whole
+from nurion_utils.ranks.launchers.guarded import Guarded
+
+START_TIMEOUT_S = 120.0
+ASK_EVERY_S = 1.0
+ENGINE = Path(__file__).parents[1] / "engine.py"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How to get nodes: `submit` is the scheduler's command, which prints a job's number; `cancel` is a line of shell.
+
+    `kind` names the scheduler. After `wait_s` without nodes it is given up.
+    """
+
+    kind: str
+    name: str
+    submit: tuple[str, ...]
+    script: str
+    cancel: str
+    wait_s: float | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """`n` ranks, `ranks_per_node` on each node, with `cores` of each node; `launcher` is the command that starts them.
+
+    `nodes` are their names, if they are known; `batch` is None inside a job. `address` is where the nodes reach this
+    machine.
+    """
+
+    n: int
+    ranks_per_node: int
+    cores: int | None
+    launcher: str
+    launcher_env: dict[str, str]
+    env: dict[str, str]
+    address: str
+    nodes: tuple[str, ...] = ()
+    batch: Batch | None = None
+
+
+class RemoteRanks:
+    """Ranks on other nodes, and their controller; all that they leave goes with `resources`.
+
+    In `directory` is what clients connect with, and a log, a status and a stack for each rank, as their agents tell.
+    """
+
+    def __init__(self, request: Request, resources: contextlib.ExitStack) -> None:
+        self.n, self._request = request.n, request
+        self.names = [*(f"rank{rank}" for rank in range(self.n)), "controller"]
+        self._guarded = Guarded(resources, [], own_environment())
+        self.directory = self._guarded.directory
+        self._launcher: int | None = None
+        self._told, self._asked_s, self._began_s = "", 0.0, time.monotonic()
+        self._starting_s: float | None = None if request.batch else self._began_s
+        self._deadline_s = START_TIMEOUT_S
+        # Where all nodes see it: their local folders are their own.
+        self._shared = shared = Path.home() / ".nurion" / f"run-{secrets.token_hex(6)}"
+        shared.parent.mkdir(mode=0o700, exist_ok=True)
+        farewell = f"rm -rf {shlex.quote(str(shared))}"
+        shared.mkdir(mode=0o700)
+        world = {**agent.keys(), "n": self.n, "ranks_per_node": request.ranks_per_node, "cores": request.cores}
+        world["launcher"] = request.launcher
+        write_whole(shared / "world.json", json.dumps(world).encode())
+        os.mkfifo(self.directory / "commands", mode=0o600)
+        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in request.env.items())
+        rank = shlex.join([sys.executable, "-P", str(ENGINE), "--of", str(shared)])
+        write_whole(shared / "rank.sh", f"#!/bin/sh\n{exports}exec {rank}\n".encode())
+        launch = f"{request.launcher} sh {shlex.quote(str(shared / 'rank.sh'))}"
+        launcher, env = ["sh", "-c", f"exec {launch}"], {**own_environment(), **request.launcher_env}
+        if batch := request.batch:
+            script = batch.script.format(launch=launch, shared=shlex.quote(str(shared)))
+            write_whole(shared / "job.sh", script.encode())
+            launcher, farewell = [*batch.submit, str(shared / "job.sh")], f"{batch.cancel}; {farewell}"
+        commands = {
+            "controller": controller.for_nodes(shared, request.address),
+            "mirror": [sys.executable, "-P", "-c", MIRROR, str(self.directory), str(shared)],
+            "launcher": launcher,
+        }
+        self._guarded.begin(commands, env, farewell=farewell)
+
+    @property
+    def connection_file(self) -> Path:
+        with contextlib.suppress(FileNotFoundError):
+            chosen = json.loads((self._shared / "chosen.json").read_text())
+            return Path(chosen["profile"]) / "security" / "ipcontroller-client.json"
+        return self._shared / "not chosen"
+
+    def require_starting(self) -> None:
+        """Pause for a moment, or raise RankError when waiting for the ranks has become useless."""
+        if (words := self._guarded.why_it_ended()) is not None:
+            raise RankError(f"the ranks could not be started\n{words}")
+        for fault in sorted(self._shared.glob("rank*.fault")):
+            raise RankError(fault.read_text())
+        if ended := sorted(file.stem for file in self.directory.glob("rank*.status")):
+            raise RankError(f"the ranks did not start: {failures.ended(ended, self.directory)}")
+        now_s = time.monotonic()
+        if now_s - self._asked_s > ASK_EVERY_S:
+            self._asked_s = now_s
+            self._ask_launcher() if self._request.batch is None else self._ask_scheduler(self._request.batch)
+        if self._starting_s and now_s > self._starting_s + START_TIMEOUT_S:
+            raise RankError(f"the ranks did not start within {START_TIMEOUT_S:.0f} s{self._words()}")
+        time.sleep(0.05)
+
+    def hold(self) -> None:
+        """Once all ranks have answered: are they where they should be?"""
+        deadline = time.monotonic() + agent.FIRST_S
+        while missing := [rank for rank in range(self.n) if not (self.directory / f"rank{rank}.node").exists()]:
+            if time.monotonic() > deadline:
+                raise RankError(f"the agents of {failures.numbered(missing)} are not heard of{self._words()}")
+            time.sleep(0.02)
+        where = Counter((self.directory / f"rank{rank}.node").read_text() for rank in range(self.n))
+        most = self._request.ranks_per_node
+        if crowded := [f"{count} on {node}" for node, count in where.items() if count > most]:
+            raise RankError(
+                f"ranks are not where they should be, {most} on each node, but {', '.join(crowded)}: the launcher "
+                f"{self._request.launcher!r} of the site must spread them, as 'mpiexec -ppn {most}' does"
+            )
+
+    def dead(self) -> list[str]:
+        """Names of the processes that have ended."""
+        ended = [name for name in self.names[:-1] if (self.directory / f"{name}.status").exists()]
+        if ended and len(ended) < self.n:
+            time.sleep(0.2)  # the others may follow the first one, which is the one to be named
+        return sorted(ended, key=lambda name: (self.directory / f"{name}.status").stat().st_mtime_ns)[:1] or (
+            ["controller"] if self._guarded.has_ended("controller") else []
+        )
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        self._command(f"{rank} signal {int(number)}")
+
+    def where(self, ranks: list[int]) -> str:
+        """Where ranks are now, in words."""
+        for rank in ranks:
+            with contextlib.suppress(OSError):
+                os.truncate(self.directory / f"rank{rank}.stack", 0)
+            self.signal(rank, signal.SIGUSR1)
+        return failures.where(ranks, self.directory)
+
+    def end(self) -> None:
+        """End all processes, and wait until that is done."""
+        self._command("all end")
+        time.sleep(0.3)  # until it is on its way
+        self._guarded.end()
+
+    def _command(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # nobody listens: the mirror has ended
+            fifo = os.open(self.directory / "commands", os.O_WRONLY | os.O_NONBLOCK)
+            os.write(fifo, f"{line}\n".encode())
+            os.close(fifo)
+
+    def _words(self) -> str:
+        return failures.last_output([*self.names, "launcher"], self.directory)
+
+    def _ask_launcher(self) -> None:
+        if self._guarded.has_ended("launcher"):
+            raise RankError(f"the ranks did not start: the launcher {self._request.launcher!r} ended{self._words()}")
+
+    def _ask_scheduler(self, batch: Batch) -> None:
+        if not self._guarded.has_ended("launcher"):
+            return  # it is being submitted
+        said = (self.directory / "launcher.log").read_text().strip()
+        id = said.splitlines()[-1].partition(";")[0] if said else ""
+        if not id or " " in id:
+            raise RankError(f"{batch.submit[0]} refused the job: {said or 'it gave no number'}")
+        state = getattr(schedulers, batch.kind).state(id)
+        if state.name == "running":
+            self._starting_s = self._starting_s or time.monotonic()
+        elif state.name == "never":
+            raise RankError(f"job {id} can never run: {state.reason}")
+        elif state.ended:
+            output = self._shared / "job.out"
+            words = output.read_text()[-2000:] if output.exists() else ""
+            raise RankError(f"job {id} ended before its ranks had started ({state.name} {state.reason})\n{words}")
+        waited_s = time.monotonic() - self._began_s
+        if batch.wait_s is not None and not self._starting_s and waited_s > batch.wait_s:
+            raise RankError(f"job {id} had no nodes within {batch.wait_s:g} s ({state.reason})")
+        starts = f", expected to start at {time.strftime('%d %b %H:%M', time.localtime(state.starts_at))}"
+        line = f"job {id}: {state.name}{f' ({state.reason})' * bool(state.reason)}{starts * bool(state.starts_at)}"
+        if line != self._told and state.name == "waiting":
+            print(line)
+            self._told = line
+
+
+MIRROR = "from nurion_utils.ranks.agent import mirror; mirror()"
