@@ -16,8 +16,8 @@ import hypothesis
 import pytest
 
 from nurion_utils import ranks
-from nurion_utils.ranks.guardian import mapped_by, remove
 from nurion_utils.ranks.launchers import nodes
+from nurion_utils.ranks.processes.guardian import mapped_by, remove
 
 # A test run in the background may have been told to ignore interrupts, and what it starts would ignore them too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

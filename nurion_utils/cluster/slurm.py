@@ -14,13 +14,15 @@ from typing import Any
 
 import psutil
 
-from nurion_utils.ranks.launchers import Guarded
 from nurion_utils.ranks.launchers import nodes as virtual
+from nurion_utils.ranks.processes import Guarded
 
 START_TIMEOUT_S = 60.0
 PACKAGES = "slurmctld slurmd slurm-client munge"
 TOOLS = ("munged", "mungekey", "slurmctld", "slurmd", "srun", "sinfo")
-CORES_PER_NODE = 2  # as Slurm counts them: nodes share those of the machine
+CORES_PER_NODE = 8  # as Slurm counts them: nodes share those of the machine
+
+PORTS = "6817-6818, 20000-21000"  # of Slurm, which may always be reached
 
 CONFIGURATION = """\
 ClusterName=nurion
@@ -42,6 +44,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SwitchType=switch/none
 MpiDefault=none
+SrunPortRange=20000-21000
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0
@@ -82,11 +85,12 @@ class Cluster(contextlib.AbstractContextManager):
     Parameters
     ----------
     nodes
-        1 to 32; each has two cores as far as Slurm can tell, and an equal part of the memory.
+        1 to 32; each has eight cores as far as Slurm can tell, and an equal part of the memory.
     rate_mbit
         What each node's link carries each way, in 10^6 bit/s; None for as much as this machine's memory can.
     blocked
-        "to head" or "from head": the direction in which no connection between head and nodes can be opened.
+        "to head" or "from head": the direction in which no connection between head and nodes can be opened, but
+        those of Slurm.
     shared
         Folders below /tmp that all nodes see; what is not below /tmp or /dev/shm they see anyway.
     """
@@ -146,7 +150,9 @@ class Cluster(contextlib.AbstractContextManager):
         configuration = CONFIGURATION.format(cores=CORES_PER_NODE, memory_mb=memory_mb, **where)
         Path(self.environment["SLURM_CONF"]).write_text(configuration)
         folders = [self.directory, sys.prefix, sys.base_prefix, os.getcwd(), *shared]
-        build = virtual.build(len(self.nodes), rate_mbit, folders, blocked) + MUNGE.format(directory=self.directory)
+        build = virtual.build(len(self.nodes), rate_mbit, folders, blocked, PORTS) + MUNGE.format(
+            directory=self.directory
+        )
         daemons = {"slurmctld": ["slurmctld", "-D"]}
         daemons |= {node: [f"{virtual.SHM}/on", node, "slurmd", "-D", "-N", node] for node in self.nodes}
         self._guarded.begin(daemons, self.environment, build)

@@ -4,11 +4,9 @@ Everything that must happen before TensorFlow, Horovod or MPI are loaded happens
 inherit the pinning only when they start after it.
 """
 
-import contextlib
 import faulthandler
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -19,7 +17,7 @@ from pathlib import Path
 
 from nurion_utils.ranks import stalls
 from nurion_utils.ranks.failures import RankError
-from nurion_utils.ranks.guardian import end_with_parent, mapped_by, remove
+from nurion_utils.ranks.processes.guardian import end_with_parent, mapped_by, remove
 
 
 def cores_by_rank(n: int, cores: list[int]) -> list[list[int]]:
@@ -52,8 +50,8 @@ def main() -> None:
 
 def on_a_node(shared: Path) -> None:
     """Become a rank of those whose world is described in the folder `shared`, on a node of a job."""
-    from nurion_utils.ranks import agent, controller, folders
     from nurion_utils.ranks.environment import identity
+    from nurion_utils.ranks.processes import agent, controller, folders
 
     world, who = json.loads((shared / "world.json").read_text()), identity()
 
@@ -77,19 +75,11 @@ def on_a_node(shared: Path) -> None:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) == world["cores"]:  # else others use them, too: who sits where is for the node to say
         os.sched_setaffinity(0, cores_by_rank(world["ranks_per_node"], cores)[who.local_rank])
-    folder = folders.on_this_node()
     if child := os.fork():
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
-        try:
-            agent.look_after(child, who.rank, folder / "rank", world, chosen)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-            shutil.rmtree(folder, ignore_errors=True)
-        return
+        return agent.look_after(child, who.rank, shared, world, chosen)
     end_with_parent()
-    os.environ["IPYTHONDIR"] = str(folder)
-    work(folder / "rank", Path(chosen["profile"]), require_one_world=require_one_world)
+    os.environ["IPYTHONDIR"] = str(shared / "ipython")
+    work(shared / f"rank{who.rank}", Path(chosen["profile"]), require_one_world=require_one_world)
 
 
 def work(

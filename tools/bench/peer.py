@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from nurion_utils.ranks.engine import cores_by_rank
-from nurion_utils.ranks.guardian import end_with_parent
+from nurion_utils.ranks.processes.guardian import end_with_parent
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ GLOO_TIMEOUT_S = 10
 
 # The rank ends with the thread that started it, from before its slow imports on.
 START = (
-    "import os, sys; from nurion_utils.ranks.guardian import end_with_parent; end_with_parent(); "
+    "import os, sys; from nurion_utils.ranks.processes.guardian import end_with_parent; end_with_parent(); "
     "os.getppid() == int(sys.argv[1]) or os._exit(1); "
     "from nurion_utils.ranks.launchers.elastic import _work; _work()"
 )

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nurion_utils.ranks import controller, failures
+from nurion_utils.ranks import failures
 from nurion_utils.ranks.environment import own_environment
 from nurion_utils.ranks.failures import RankError
-from nurion_utils.ranks.guardian import descendants
-from nurion_utils.ranks.launchers.guarded import Guarded
+from nurion_utils.ranks.processes import Guarded, controller
+from nurion_utils.ranks.processes.guardian import descendants
 
 START_TIMEOUT_S = 120.0
 LAST_S = 0.3  # a node's first process is the last one that is seen to end

@@ -2,8 +2,8 @@
 
 Each has namespaces of Linux to itself: a network with a cable to a switch, a host name, processes, and its own /tmp and
 /dev/shm; all else of the file system is shared, as on a cluster. They live in outer namespaces whose first process is
-the guardian of `ranks.guardian`: when that ends, Linux ends every process of theirs and removes networks and mounts.
-It takes root's rights, or a kernel that lets ordinary users have namespaces.
+a guardian: when that ends, Linux ends every process of theirs and removes networks and mounts. It takes root's rights,
+or a kernel that lets ordinary users have namespaces.
 """
 
 import os
@@ -70,7 +70,8 @@ ip link set lo up
 mount -t tmpfs -o mode=1777 node {SHM}
 echo $pid >&3
 exec 3>&-
-exec sleep infinity
+sleep infinity &
+wait  # and with it for all that others leave here
 ' || echo failed > ready; }}}} &
 """
 # tc shapes what leaves an interface, so the two ends of a link shape its two directions. Each packet travels alone
@@ -98,7 +99,7 @@ ip route change {ADDRESS}0/24 dev eth0 src {ADDRESS}{{number}} congctl reno
 BLOCKED = """
 nft add table inet wall
 nft add chain inet wall {chain} '{{ type filter hook {chain} priority 0; }}'
-nft add rule inet wall {chain} ip {end} {head} tcp flags '& (syn | ack) == syn' drop
+nft add rule inet wall {chain} ip {end} {head} tcp dport != '{{ {but} }}' tcp flags '& (syn | ack) == syn' drop
 """
 DIRECTIONS = {"to head": ("output", "daddr"), "from head": ("input", "saddr")}
 
@@ -121,7 +122,9 @@ def names(count: int) -> list[str]:
     return [f"n{i + 1}" for i in range(count)]
 
 
-def build(count: int, rate_mbit: float | None, shared: Iterable[str | Path], blocked: str | None = None) -> str:
+def build(
+    count: int, rate_mbit: float | None, shared: Iterable[str | Path], blocked: str | None = None, but: str = "1"
+) -> str:
     """The shell script that makes `count` nodes, for the first process of `namespaces`.
 
     Parameters
@@ -131,7 +134,8 @@ def build(count: int, rate_mbit: float | None, shared: Iterable[str | Path], blo
     shared
         Folders below /tmp that all nodes see nevertheless.
     blocked
-        "to head" or "from head": the direction in which no TCP connection between a node and the head can be opened.
+        "to head" or "from head": the direction in which no TCP connection between a node and the head can be opened,
+        `but` to these ports.
     """
     whole_number(count, "the number of virtual nodes", most=MOST)
     shaper = ""
@@ -144,7 +148,7 @@ def build(count: int, rate_mbit: float | None, shared: Iterable[str | Path], blo
     wall = ""
     if blocked is not None:
         chain, end = DIRECTIONS[one_of(blocked, "blocked", DIRECTIONS)]
-        rules = BLOCKED.format(chain=chain, end=end, head=HEAD_ADDRESS)
+        rules = BLOCKED.format(chain=chain, end=end, head=HEAD_ADDRESS, but=but)
         wall = f"nsenter --net=net sh -ec {shlex.quote(rules)}"
     script = OUTSIDE.format(hosts=shlex.join(hosts), on_node=shlex.quote(ON_NODE))
     paths = sorted({os.path.realpath(path) for path in shared})

@@ -12,10 +12,10 @@ from typing import TypedDict
 
 from nurion_utils import sites
 from nurion_utils._checks import number, positive, whole_number
-from nurion_utils.ranks.agent import address_towards
 from nurion_utils.ranks.environment import rank_environment
 from nurion_utils.ranks.launchers.allocation import Allocation
 from nurion_utils.ranks.launchers.remote import Batch, Request
+from nurion_utils.ranks.processes.agent import address_towards
 
 
 class Wanted(TypedDict, total=False):
@@ -80,6 +80,13 @@ def _slurm_env(job: Allocation, nodes: int, each: int) -> dict[str, str]:
     }
 
 
+# The launcher is held when all ranks are there: it would end them all when it loses a node.
+SCRIPT = """#!/bin/bash
+exec > {shared}/job.out 2>&1
+{launch} &
+echo "$(uname -n) $!" > {shared}/launcher
+wait
+"""
 LAUNCHER_ENV = {"Slurm": _slurm_env}
 
 
@@ -100,7 +107,7 @@ def _batch(site: sites.Site, numbers: dict[str, int], wanted: Wanted) -> Batch:
         kind="slurm",
         name=name,
         submit=tuple(submit),
-        script="#!/bin/bash\nexec > {shared}/job.out 2>&1\n{launch}\n",
-        cancel=f"scancel --jobname={shlex.quote(name)}",
+        script=SCRIPT,
+        cancel=f"timeout 10 scancel --jobname={shlex.quote(name)}",
         wait_s=wait_s,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shlex
 import signal
 import sys
@@ -15,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nurion_utils import schedulers
-from nurion_utils.ranks import agent, controller, failures
+from nurion_utils.ranks import failures
 from nurion_utils.ranks.environment import own_environment
 from nurion_utils.ranks.failures import RankError
-from nurion_utils.ranks.folders import write_whole
-from nurion_utils.ranks.launchers.guarded import Guarded
+from nurion_utils.ranks.processes import Guarded, agent, controller
+from nurion_utils.ranks.processes.folders import on_all_nodes, write_whole
 
 START_TIMEOUT_S = 120.0
 ASK_EVERY_S = 1.0
@@ -70,14 +69,12 @@ class RemoteRanks:
         self.n, self._request = request.n, request
         self.names = [*(f"rank{rank}" for rank in range(self.n)), "controller"]
         self._guarded = Guarded(resources, [], own_environment())
+        resources.callback(self.end)
         self.directory = self._guarded.directory
-        self._launcher: int | None = None
         self._told, self._asked_s, self._began_s = "", 0.0, time.monotonic()
         self._starting_s: float | None = None if request.batch else self._began_s
         self._deadline_s = START_TIMEOUT_S
-        # Where all nodes see it: their local folders are their own.
-        self._shared = shared = Path.home() / ".nurion" / f"run-{secrets.token_hex(6)}"
-        shared.parent.mkdir(mode=0o700, exist_ok=True)
+        self._shared = shared = on_all_nodes()
         farewell = f"rm -rf {shlex.quote(str(shared))}"
         shared.mkdir(mode=0o700)
         world = {**agent.keys(), "n": self.n, "ranks_per_node": request.ranks_per_node, "cores": request.cores}
@@ -130,6 +127,11 @@ class RemoteRanks:
             if time.monotonic() > deadline:
                 raise RankError(f"the agents of {failures.numbered(missing)} are not heard of{self._words()}")
             time.sleep(0.02)
+        if self._request.batch:
+            self._command("0 hold")
+        else:
+            launcher = json.loads((self.directory / "launcher.process").read_text())["pid"]
+            os.kill(launcher, signal.SIGSTOP)
         where = Counter((self.directory / f"rank{rank}.node").read_text() for rank in range(self.n))
         most = self._request.ranks_per_node
         if crowded := [f"{count} on {node}" for node, count in where.items() if count > most]:
@@ -160,9 +162,15 @@ class RemoteRanks:
 
     def end(self) -> None:
         """End all processes, and wait until that is done."""
+        deadline = time.monotonic() + agent.LINGER_S
         self._command("all end")
-        time.sleep(0.3)  # until it is on its way
+        while self._heard("node") > self._heard("gone") and time.monotonic() < deadline:
+            time.sleep(0.02)
         self._guarded.end()
+
+    def _heard(self, what: str) -> int:
+        """How many ranks' agents have told that."""
+        return len(list(self.directory.glob(f"rank*.{what}")))
 
     def _command(self, line: str) -> None:
         with contextlib.suppress(OSError):  # nobody listens: the mirror has ended
@@ -198,9 +206,9 @@ class RemoteRanks:
             raise RankError(f"job {id} had no nodes within {batch.wait_s:g} s ({state.reason})")
         starts = f", expected to start at {time.strftime('%d %b %H:%M', time.localtime(state.starts_at))}"
         line = f"job {id}: {state.name}{f' ({state.reason})' * bool(state.reason)}{starts * bool(state.starts_at)}"
-        if line != self._told and state.name == "waiting":
+        if line != self._told and state.name == "waiting" and state.reason:
             print(line)
             self._told = line
 
 
-MIRROR = "from nurion_utils.ranks.agent import mirror; mirror()"
+MIRROR = "from nurion_utils.ranks.processes.agent import mirror; mirror()"

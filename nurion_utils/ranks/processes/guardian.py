@@ -100,12 +100,30 @@ def reap(options: int = os.WNOHANG) -> dict[int, int]:
     return ended
 
 
+def start(run_directory: str, name: str, command: list[str], env: dict[str, str]) -> int:
+    """Start a command, with its log and who it is in the run directory; gives its pid."""
+    with open(os.path.join(run_directory, f"{name}.log"), "wb") as log:
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
+    with open(os.path.join(run_directory, f"{name}.process"), "w") as file:
+        here = {"namespace": os.readlink("/proc/self/ns/pid"), "node": os.uname().nodename}
+        json.dump({"pid": process.pid, **here}, file)
+    return process.pid
+
+
 def main() -> None:
     run_directory, owner = sys.argv[1], int(sys.argv[2])  # a forked child of the kernel would keep the pipe open
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a Ctrl-C meant for the notebook must not end the clean-up
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    farewell, names = "", {}
+    farewell = ""
     try:
         path = os.path.join(run_directory, "lock")  # in use until this process ends, also by SIGKILL
         lock = os.open(f"{path}.new", os.O_CREAT | os.O_WRONLY, 0o600)
@@ -120,21 +138,7 @@ def main() -> None:
             return  # nobody waits for it any more
         if building.wait():
             return  # it has said why
-        for name, command in request["commands"].items():
-            with open(os.path.join(run_directory, f"{name}.log"), "wb") as log:
-                process = subprocess.Popen(
-                    command,
-                    env=request["env"],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                    preexec_fn=end_with_parent,
-                )
-            names[process.pid] = name
-            with open(os.path.join(run_directory, f"{name}.process"), "w") as file:
-                here = {"namespace": os.readlink("/proc/self/ns/pid"), "node": os.uname().nodename}
-                json.dump({"pid": process.pid, **here}, file)
+        names = {start(run_directory, *each, request["env"]): each[0] for each in request["commands"].items()}
         while not select.select([sys.stdin, owner], [], [], 0.5)[0]:
             for pid, status in reap().items():
                 if pid in names:

@@ -1,4 +1,4 @@
-"""Processes that end with this one, whatever happens to it: started and ended by a guardian, `ranks.guardian`."""
+"""Processes that end with this one, whatever happens to it: started and ended by a guardian."""
 
 import contextlib
 import json
@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nurion_utils.ranks.folders import sweep
 from nurion_utils.ranks.interrupts import close_for
+from nurion_utils.ranks.processes.folders import sweep
 
-GUARDIAN = Path(__file__).parents[1] / "guardian.py"
+GUARDIAN = Path(__file__).with_name("guardian.py")
 
 
 class Guarded:

@@ -5,14 +5,14 @@ import os
 import sys
 from pathlib import Path
 
-from nurion_utils.ranks import agent
-from nurion_utils.ranks.guardian import end_with_parent
+from nurion_utils.ranks.processes import agent
+from nurion_utils.ranks.processes.guardian import end_with_parent
 
 
 def command(directory: Path, where: list[str]) -> list[str]:
     """The command that starts it, listening `where`; its files are in `directory`."""
     return [
-        *[sys.executable, "-P", "-c", "from nurion_utils.ranks.controller import main; main()"],
+        *[sys.executable, "-P", "-c", "from nurion_utils.ranks.processes.controller import main; main()"],
         *[f"--profile-dir={directory / 'profile'}", *where, "--usethreads", "--nodb", "--log-level=ERROR"],
         # A rank answers calls from its second heartbeat on, so they come quickly; but that a rank is dead is for the
         # watcher to say: a machine too busy for heartbeats must not lose its ranks.

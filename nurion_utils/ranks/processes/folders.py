@@ -3,9 +3,13 @@
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import tempfile
+import time
 from pathlib import Path
+
+FORGOTTEN_S = 3600.0  # a folder that is in use is touched every second
 
 
 def sweep() -> None:
@@ -18,13 +22,15 @@ def sweep() -> None:
                     shutil.rmtree(directory)
 
 
-def on_this_node() -> Path:
-    """A new folder of this process and those that it forks."""
-    sweep()
-    folder = Path(tempfile.mkdtemp(prefix="nurion-"))
-    lock = os.open(folder / "lock", os.O_CREAT | os.O_WRONLY, 0o600)  # open for the process' life
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return folder
+def on_all_nodes() -> Path:
+    """The name of a new folder where all nodes of a cluster see it, as they do not see /tmp."""
+    parent = Path.home() / ".nurion"
+    parent.mkdir(mode=0o700, exist_ok=True)
+    for folder in parent.glob("run-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > FORGOTTEN_S:
+                shutil.rmtree(folder)
+    return parent / f"run-{secrets.token_hex(6)}"
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -10,6 +10,7 @@ lost.
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,12 +25,13 @@ import zmq
 import zmq.auth.thread
 
 from nurion_utils.ranks.failures import LOST, RankError
-from nurion_utils.ranks.folders import write_whole
-from nurion_utils.ranks.guardian import end_with_parent
+from nurion_utils.ranks.processes.folders import write_whole
+from nurion_utils.ranks.processes.guardian import end_with_parent
 
 TICK_S = 0.1
 BEAT_S = 1.0
 SILENCE_S = 10.0
+LINGER_S = 3.0
 FIRST_S = 60.0  # until they hear of each other for the first time
 CONNECT_S = 5.0
 MOST_BYTES = 1 << 16  # of a log at a time
@@ -119,9 +121,9 @@ def can_reach(where: dict[str, Any]) -> bool:
     return False
 
 
-def look_after(child: int, rank: int, own: Path, world: dict[str, Any], where: dict[str, Any]) -> None:
-    """Beside a rank whose process is `child` and whose files are `own`.*, until the notebook wants it no longer."""
-    dealer, ending = connect(world, where, b"%d" % rank), os.pidfd_open(child)
+def look_after(child: int, rank: int, shared: Path, world: dict[str, Any], where: dict[str, Any]) -> None:
+    """Beside a rank whose process is `child`, until the notebook wants it no longer; its files are SHARED/rankN.*."""
+    dealer, ending, own = connect(world, where, b"%d" % rank), os.pidfd_open(child), shared / f"rank{rank}"
     poller = zmq.Poller()
     poller.register(dealer, zmq.POLLIN)
     poller.register(ending, zmq.POLLIN)
@@ -154,19 +156,38 @@ def look_after(child: int, rank: int, own: Path, world: dict[str, Any], where: d
             _, word, *arguments = dealer.recv_multipart()
             silent_at_s, heard = time.monotonic() + SILENCE_S, True
             if word == b"end":
+                os.kill(child, signal.SIGKILL)
+                tell(b"file", "gone", b"1")
+                _signal_launcher(shared, signal.SIGCONT)
+                time.sleep(LINGER_S)  # MPI's launcher ends all others when the first one leaves
                 return
-            if word == b"ask":
-                with contextlib.suppress(OSError):
-                    Path(f"{own}.call").unlink(missing_ok=True)
-                    fifo = os.open(f"{own}.ask", os.O_WRONLY | os.O_NONBLOCK)
-                    os.write(fifo, b"?")
-                    os.close(fifo)
-            if word == b"signal" and not status:
-                if int(arguments[0]) == signal.SIGUSR1:
-                    with contextlib.suppress(OSError):
-                        os.truncate(f"{own}.stack", 0)
-                        told["stack"] = b""
-                os.kill(child, int(arguments[0]))
+            with contextlib.suppress(OSError):
+                if word == b"hold":
+                    _signal_launcher(shared, signal.SIGSTOP)
+                if word == b"ask":
+                    _ask(own)
+                if word == b"signal" and not status:
+                    if int(arguments[0]) == signal.SIGUSR1:
+                        told["stack"] = os.truncate(f"{own}.stack", 0)
+                    os.kill(child, int(arguments[0]))
+    _signal_launcher(shared, signal.SIGCONT)
+    shutil.rmtree(shared, ignore_errors=True)  # the notebook is gone, and all that would do it
+
+
+def _signal_launcher(shared: Path, number: int) -> None:
+    """Of the launcher in a job's script, if that runs on this node: a held one does not end all ranks for one node."""
+    with contextlib.suppress(OSError, ValueError):
+        node, pid = (shared / "launcher").read_text().split()
+        if node == os.uname().nodename:
+            os.kill(int(pid), number)
+
+
+def _ask(own: Path) -> None:
+    """Have the rank write down which communication it is in, as `stalls` does on one machine."""
+    Path(f"{own}.call").unlink(missing_ok=True)
+    fifo = os.open(f"{own}.ask", os.O_WRONLY | os.O_NONBLOCK)
+    os.write(fifo, b"?")
+    os.close(fifo)
 
 
 def _from(path: Path, begin: int) -> bytes:
@@ -210,6 +231,7 @@ def mirror() -> None:
             beat_s = time.monotonic()
             for rank in range(world["n"]):
                 dealer.send_multipart([b"%d" % rank, b"beat"])
+            os.utime(shared)  # which is swept up when it is old
         for rank in {rank for rank, when in heard.items() if time.monotonic() - when > SILENCE_S} - lost:
             lost.add(rank)
             if not (directory / f"rank{rank}.status").exists():

@@ -1,0 +1,1 @@
+from .guarded import Guarded as Guarded

@@ -1,0 +1,346 @@
+"""Ranks on the nodes of a real Slurm, on virtual nodes: the promises of one machine hold across them."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers import PATIENCE_S
+
+from nurion_utils.cluster import Cluster, ClusterError
+from nurion_utils.ranks import NodesError
+
+pytestmark = [pytest.mark.lab, pytest.mark.ranks]
+
+RUNS = Path.home() / ".nurion"
+SETTINGS = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "eth0"}  # UCX takes the nodes of one kernel for one host
+BEGIN = """
+import json, os, signal, sys, threading, time
+from nurion_utils import ranks
+
+def who():
+    import socket
+    from mpi4py import MPI
+    return MPI.COMM_WORLD.rank, MPI.COMM_WORLD.allreduce(1), socket.gethostname()
+
+def say(found):
+    print(json.dumps(found), flush=True)
+"""
+
+
+def make(**options: object) -> Cluster:
+    try:
+        cluster = Cluster(4, **options)
+    except (ClusterError, NodesError) as missing:
+        pytest.skip(str(missing))
+    cluster.environment.update(SETTINGS)
+    return cluster
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with make() as cluster:
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test no job is in the queue, no process of ours on a node, and no folder on any."""
+    before = {*RUNS.glob("*")}
+    yield
+    if "cluster" not in request.fixturenames:
+        return
+    cluster = request.getfixturevalue("cluster")
+    deadline = time.monotonic() + PATIENCE_S
+    while (left := traces(cluster, before)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == []
+
+
+def traces(cluster: Cluster, before: set[Path]) -> list[str]:
+    left = cluster.run(["squeue", "--noheader"]).stdout.splitlines()
+    left += map(str, {*RUNS.glob("*")} - before)
+    for node in cluster.nodes:
+        listed = cluster.run(["sh", "-c", "ls -d /tmp/nurion-* 2>/dev/null; pgrep -f -a nurion_utils"], on=node).stdout
+        left += [f"{node}: {line}" for line in listed.splitlines() if str(cluster.directory) not in line]
+    return [line for line in left if "pgrep" not in line]
+
+
+Notebook = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def notebook(cluster: Cluster) -> Iterator[Notebook]:
+    """Run code on the head as a notebook would be, in a job of `nodes` nodes if so many are named."""
+    started = []
+
+    def run(code: str, nodes: int | None = None, on: str = "head", **env: str) -> subprocess.Popen[str]:
+        job = ["salloc", "--quiet", f"--nodes={nodes}", "--time=5"] if nodes else []
+        process = subprocess.Popen(
+            cluster.command([*job, sys.executable, "-c", BEGIN + code], on),
+            env={**cluster.environment, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        for each in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
+            each.kill()
+        process.communicate()
+
+
+def answer(process: subprocess.Popen) -> object:
+    """What the code said at last; its errors, if it said nothing."""
+    output, errors = process.communicate(timeout=2 * PATIENCE_S)
+    assert process.returncode == 0, errors
+    return json.loads(output.splitlines()[-1])
+
+
+FOUR = [[rank, 4, f"n{rank + 1}"] for rank in range(4)]
+
+
+def test_in_a_job_ranks_start_on_its_nodes(notebook: Notebook) -> None:
+    code = "with ranks.start(4) as world:\n    say(world.run(who))"
+    assert answer(notebook(code, nodes=4)) == FOUR
+
+
+def test_from_outside_a_job_is_submitted_and_ended(notebook: Notebook) -> None:
+    code = "with ranks.start(4, site='slurm', minutes=5) as world:\n    say(world.run(who))"
+    assert answer(notebook(code)) == FOUR
+
+
+def test_sixteen_ranks_share_four_nodes(notebook: Notebook) -> None:
+    code = "with ranks.start(16, site='slurm', nodes=4) as world:\n    say(world.run(who))"
+    assert answer(notebook(code)) == [[rank, 16, f"n{rank // 4 + 1}"] for rank in range(16)]
+
+
+def test_two_worlds_live_in_one_job(notebook: Notebook) -> None:
+    code = """
+with ranks.start(4) as one, ranks.start(2, nodes=2) as two:
+    say([one.run(who), two.run(who), one.run(who)])
+"""
+    assert answer(notebook(code, nodes=4)) == [FOUR, [[0, 2, "n1"], [1, 2, "n2"]], FOUR]
+
+
+FAIL = """
+def fail(how):
+    from mpi4py import MPI
+    if MPI.COMM_WORLD.rank == 2:
+        time.sleep(0.5)
+        if how == "raises":
+            raise ValueError("no data")
+        os.kill(os.getpid(), signal.SIGKILL)
+    MPI.COMM_WORLD.barrier()
+
+with ranks.start(4) as world:
+    try:
+        world.run(fail, {how!r})
+    except ranks.RankError as error:
+        say(str(error))
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [("raises", "rank 2 of 4 raised ValueError: no data"), ("dies", "rank 2 on node n3 was ended by SIGKILL")],
+)
+def test_a_rank_that_fails_is_named_and_the_others_say_where_they_stood(
+    notebook: Notebook, how: str, says: str
+) -> None:
+    message = answer(notebook(FAIL.replace("{how!r}", repr(how)), nodes=4))
+    assert message.startswith(says)
+    for rank in (0, 1, 3):
+        assert message.split(f"--- where rank {rank} was ---\n")[1].splitlines()[0].endswith("in fail")
+
+
+def test_an_interrupt_reaches_ranks_on_nodes_and_the_world_stays_usable(notebook: Notebook) -> None:
+    code = """
+with ranks.start(2, site="slurm") as world:
+    threading.Timer(2, os.kill, [os.getpid(), signal.SIGINT]).start()
+    try:
+        world.run(time.sleep, 1000)
+    except KeyboardInterrupt:
+        say(world.run(who))
+"""
+    assert answer(notebook(code)) == [[0, 2, "n1"], [1, 2, "n2"]]
+
+
+AT_WORK = """
+world = ranks.start(4, site="slurm")
+say("at work")
+world.run(time.sleep, 1000)
+"""
+
+
+def until_at_work(process: subprocess.Popen) -> None:
+    assert '"at work"\n' in iter(process.stdout.readline, ""), process.stderr.read()
+
+
+@pytest.mark.parametrize("nodes", [None, 4])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_notebook_that_is_ended_leaves_nothing_on_any_node(
+    notebook: Notebook, nodes: int | None, number: signal.Signals
+) -> None:
+    process = notebook(AT_WORK, nodes)
+    until_at_work(process)
+    (script,) = [
+        each
+        for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        if each.cmdline()[:2] == [sys.executable, "-c"] and BEGIN in each.cmdline()[2]
+    ][:1]
+    script.send_signal(number)
+    process.communicate(timeout=PATIENCE_S)
+
+
+@contextlib.contextmanager
+def full(cluster: Cluster) -> Iterator[None]:
+    """All nodes are somebody else's meanwhile."""
+    job = cluster.run(
+        ["sbatch", "--parsable", "-N4", "--exclusive", "-t1", "--wrap=sleep 60", "--output=/dev/null"]
+    ).stdout
+    try:
+        while cluster.run(["squeue", "--noheader", "--states=running"]).stdout == "":
+            time.sleep(0.1)
+        yield
+    finally:
+        cluster.run(["scancel", job.strip()])
+
+
+def test_a_pending_start_can_be_interrupted_and_its_job_leaves_the_queue(cluster: Cluster, notebook: Notebook) -> None:
+    with full(cluster):
+        code = """
+threading.Timer(5, os.kill, [os.getpid(), signal.SIGINT]).start()
+try:
+    ranks.start(4, site="slurm")
+except KeyboardInterrupt:
+    say("interrupted")
+"""
+        output, _ = notebook(code).communicate(timeout=PATIENCE_S)
+        waits, last = output.splitlines()
+        assert "waiting (Resources)" in waits and last == '"interrupted"'
+
+
+def test_a_start_that_gets_no_nodes_in_time_is_given_up(cluster: Cluster, notebook: Notebook) -> None:
+    with full(cluster):
+        code = """
+try:
+    ranks.start(4, site="slurm", wait_s=3)
+except ranks.RankError as error:
+    say(str(error))
+"""
+        assert "had no nodes within 3 s (Resources)" in answer(notebook(code))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("4, site='slurm', queue='small'", "can never run: Partition"),
+        ("4, site='slurm', minutes=1000", "can never run: Partition"),
+        ("4, site='slurm', queue='nowhere'", "refused the job: .*[Ii]nvalid partition"),
+    ],
+)
+def test_what_will_never_run_is_an_error_at_once(notebook: Notebook, arguments: str, says: str) -> None:
+    code = f"try:\n    ranks.start({arguments})\nexcept ranks.RankError as error:\n    say(str(error))"
+    assert re.search(says, answer(notebook(code)))
+
+
+def test_a_job_that_is_cancelled_by_others_is_named(cluster: Cluster, notebook: Notebook) -> None:
+    process = notebook(AT_WORK)
+    until_at_work(process)
+    cluster.run(["scancel", "--user=root"])
+    _, errors = process.communicate(timeout=PATIENCE_S)
+    assert "RankError" in errors
+
+
+def test_a_node_that_is_lost_is_named(notebook: Notebook) -> None:
+    with make() as cluster:
+        process = subprocess.Popen(
+            cluster.command([sys.executable, "-c", BEGIN + AT_WORK]),
+            env=cluster.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until_at_work(process)
+        cluster.unplug("n3")
+        _, errors = process.communicate(timeout=PATIENCE_S)
+    assert "RankError: rank 2 was lost with its node n3" in errors
+
+
+@pytest.mark.parametrize("blocked", ["to head", "from head"])
+def test_one_open_direction_between_head_and_nodes_is_enough(blocked: str) -> None:
+    with make(blocked=blocked) as cluster:
+        code = BEGIN + "with ranks.start(4, site='slurm') as world:\n    say(world.run(who))"
+        ran = cluster.run([sys.executable, "-c", code], timeout=PATIENCE_S)
+    assert json.loads(ran.stdout.splitlines()[-1]) == FOUR, ran.stderr
+
+
+def test_worlds_of_one_rank_are_found_out(cluster: Cluster, notebook: Notebook, tmp_path: Path) -> None:
+    site = cluster.directory / "nurion" / "sites" / "alone.toml"
+    site.parent.mkdir(parents=True, exist_ok=True)
+    site.write_text(
+        'title = "a launcher that MPI does not understand"\n[scheduler]\n'
+        'kind = { value = "Slurm", status = "chosen", source = "test" }\n'
+        'launcher = { value = "srun --mpi=none -N {nodes} -n {ranks}", status = "chosen", source = "test" }\n'
+    )
+    code = "try:\n    ranks.start(4, site='alone')\nexcept ranks.RankError as error:\n    say(str(error))"
+    message = answer(notebook(code, nodes=4, XDG_CONFIG_HOME=str(cluster.directory)))
+    assert message.startswith("there is no world of 4 ranks, but") and "srun with --mpi=pmi2" in message
+
+
+ATTACK = """
+import json, os, psutil, zmq, sys
+from pathlib import Path
+ports = sorted({each.laddr.port for each in psutil.net_connections("tcp") if each.status == "LISTEN"})
+os.setuid(65534)
+try:
+    files = os.listdir(sys.argv[1])
+except PermissionError:
+    files = []
+answers = []
+for port in ports:
+    for kind in (zmq.DEALER, zmq.SUB):
+        for curve in (False, True):
+            stranger = zmq.Context.instance().socket(kind)
+            if kind == zmq.SUB:
+                stranger.subscribe(b"")
+            if curve:  # with keys of its own, and one that the server may take for its own
+                public, secret = zmq.curve_keypair()
+                stranger.curve_publickey, stranger.curve_secretkey, stranger.curve_serverkey = public, secret, public
+            stranger.connect(f"tcp://{sys.argv[2]}:{port}")
+            if kind == zmq.DEALER:
+                stranger.send_multipart([b"0", b"signal", b"9"])
+            if stranger.poll(200):
+                answers.append(port)
+            stranger.close(0)
+print(json.dumps([len(ports), files, answers]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_who_knows_the_ports_reaches_no_rank(cluster: Cluster, notebook: Notebook) -> None:
+    code = """
+with ranks.start(4, site="slurm") as world:
+    say("at work")
+    sys.stdin.read() if False else time.sleep(30)
+    say(world.run(who))
+"""
+    process = notebook(code)
+    until_at_work(process)
+    ran = cluster.run([sys.executable, "-c", ATTACK, str(RUNS), "head"], timeout=PATIENCE_S)
+    ports, files, answers = json.loads(ran.stdout)
+    assert ports > 5 and files == [] and answers == [], ran.stderr
+    assert answer(process) == FOUR  # and nobody disturbed them
