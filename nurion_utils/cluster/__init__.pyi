@@ -1,2 +1,1 @@
 from .slurm import Cluster as Cluster
-from .slurm import ClusterError as ClusterError

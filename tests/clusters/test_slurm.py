@@ -15,7 +15,8 @@ import psutil
 import pytest
 from helpers import PATIENCE_S
 
-from nurion_utils.cluster import Cluster, ClusterError
+from nurion_utils.cluster import Cluster
+from nurion_utils.cluster.slurm import ClusterError
 from nurion_utils.ranks import NodesError
 
 pytestmark = [pytest.mark.lab, pytest.mark.ranks]

@@ -139,14 +139,7 @@ def look_after(child: int, rank: int, shared: Path, world: dict[str, Any], where
             poller.unregister(ending)
             status, beat_s = str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), 0.0
         if heard:  # what nobody listens to is lost
-            while log := _from(Path(f"{own}.log"), logged):
-                logged += len(log)
-                tell(b"log", "log", log)
-            for name in ("stack", "call"):
-                content = _from(Path(f"{own}.{name}"), 0)
-                if content and content != told.get(name):
-                    tell(b"file", name, content)
-                told[name] = content
+            logged = _tell_news(own, told, logged, tell)
             if time.monotonic() - beat_s > BEAT_S:
                 beat_s = time.monotonic()
                 tell(b"file", "node", os.uname().nodename.encode())
@@ -172,6 +165,19 @@ def look_after(child: int, rank: int, shared: Path, world: dict[str, Any], where
                     os.kill(child, int(arguments[0]))
     _signal_launcher(shared, signal.SIGCONT)
     shutil.rmtree(shared, ignore_errors=True)  # the notebook is gone, and all that would do it
+
+
+def _tell_news(own: Path, told: dict[str, bytes], logged: int, tell: Callable[[bytes, str, bytes], None]) -> int:
+    """Tell what a rank has written since; gives how long its log is by now."""
+    while log := _from(Path(f"{own}.log"), logged):
+        logged += len(log)
+        tell(b"log", "log", log)
+    for name in ("stack", "call"):
+        content = _from(Path(f"{own}.{name}"), 0)
+        if content and content != told.get(name):
+            tell(b"file", name, content)
+        told[name] = content
+    return logged
 
 
 def _signal_launcher(shared: Path, number: int) -> None:
