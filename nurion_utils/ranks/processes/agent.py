@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,7 @@ def look_after(child: int, rank: int, shared: Path, world: dict[str, Any], where
     poller.register(ending, zmq.POLLIN)
     told, logged, beat_s, status = {}, 0, 0.0, ""
     silent_at_s, heard = time.monotonic() + FIRST_S, False
-
-    def tell(kind: bytes, name: str, content: bytes) -> None:
-        dealer.send_multipart([MIRROR, kind, name.encode(), content])
-
+    tell = partial(_tell, dealer)
     while time.monotonic() < silent_at_s:
         ready = dict(poller.poll(1000 * TICK_S))
         if ending in ready:
@@ -149,7 +147,8 @@ def look_after(child: int, rank: int, shared: Path, world: dict[str, Any], where
             _, word, *arguments = dealer.recv_multipart()
             silent_at_s, heard = time.monotonic() + SILENCE_S, True
             if word == b"end":
-                os.kill(child, signal.SIGKILL)
+                if not status:
+                    os.kill(child, signal.SIGKILL)
                 tell(b"file", "gone", b"1")
                 _signal_launcher(shared, signal.SIGCONT)
                 time.sleep(LINGER_S)  # MPI's launcher ends all others when the first one leaves
@@ -165,6 +164,10 @@ def look_after(child: int, rank: int, shared: Path, world: dict[str, Any], where
                     os.kill(child, int(arguments[0]))
     _signal_launcher(shared, signal.SIGCONT)
     shutil.rmtree(shared, ignore_errors=True)  # the notebook is gone, and all that would do it
+
+
+def _tell(dealer: zmq.Socket, kind: bytes, name: str, content: bytes) -> None:
+    dealer.send_multipart([MIRROR, kind, name.encode(), content])
 
 
 def _tell_news(own: Path, told: dict[str, bytes], logged: int, tell: Callable[[bytes, str, bytes], None]) -> int:
