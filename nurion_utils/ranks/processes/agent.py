@@ -126,8 +126,8 @@ def look_after(child: int, rank: int, shared: Path, world: dict[str, Any], where
     """Beside a rank whose process is `child`, until the notebook wants it no longer; its files are SHARED/rankN.*."""
     dealer, ending, own = connect(world, where, b"%d" % rank), os.pidfd_open(child), shared / f"rank{rank}"
     poller = zmq.Poller()
-    poller.register(dealer, zmq.POLLIN)
-    poller.register(ending, zmq.POLLIN)
+    for each in (dealer, ending):
+        poller.register(each, zmq.POLLIN)
     told, logged, beat_s, status = {}, 0, 0.0, ""
     silent_at_s, heard = time.monotonic() + FIRST_S, False
     tell = partial(_tell, dealer)
@@ -147,8 +147,7 @@ def look_after(child: int, rank: int, shared: Path, world: dict[str, Any], where
             _, word, *arguments = dealer.recv_multipart()
             silent_at_s, heard = time.monotonic() + SILENCE_S, True
             if word == b"end":
-                if not status:
-                    os.kill(child, signal.SIGKILL)
+                status or os.kill(child, signal.SIGKILL)
                 tell(b"file", "gone", b"1")
                 _signal_launcher(shared, signal.SIGCONT)
                 time.sleep(LINGER_S)  # MPI's launcher ends all others when the first one leaves
