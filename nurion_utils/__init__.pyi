@@ -1,5 +1,6 @@
 from . import allreduce as allreduce
 from . import backends as backends
+from . import cluster as cluster
 from . import datasets as datasets
 from . import health as health
 from . import jobs as jobs

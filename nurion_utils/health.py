@@ -1,10 +1,16 @@
-"""Is this environment fit for distributed training, and if not, what would mend it?"""
+"""Is this environment fit for distributed training, and if not, what would mend it?
+
+``python -m nurion_utils.health --ranks 4 --site slurm --nodes 4`` says so from a shell.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
+import tempfile
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +31,11 @@ REMEDIES = dict.fromkeys(PACKAGES, "Run make setup.") | {
     "MPI adds up the rank numbers": f"mpi4py uses another MPI than the one that started the ranks: {AFRESH}.",
     "Horovod adds up the rank numbers": f"Horovod does not see all ranks: it was built without MPI; {AFRESH}.",
     "operations Horovod was built with": f"Horovod was built elsewhere: {AFRESH}, for MPI, Gloo and oneCCL.",
+    "ranks on each node": "The launcher crowds ranks on some nodes: have it spread them, as mpiexec -ppn does.",
+    "one environment on all nodes": "Nodes see different installations: put it in a folder that all of them share.",
+    "a folder here is on all nodes": "Work in a folder that all nodes share, as on a cluster's scratch file system.",
+    "clocks of the nodes": "They differ by more than a second: tell those who run the machine; its NTP is at fault.",
+    "MPI's bytes travel by": "They do not use the network between the nodes: unset UCX_TLS, UCX_NET_DEVICES and FI_*.",
     "operation in use": "HOROVOD_CPU_OPERATIONS is set in your environment: unset it, the ranks choose MPI.",
 }
 
@@ -36,8 +47,9 @@ def report(world: World) -> pd.DataFrame:
     """
     import pandas as pd
 
-    answers = world.run(_rank_report, timeout_s=120)
-    rows = [*_machine_checks(world.n), *_rank_checks(answers)]
+    with tempfile.NamedTemporaryFile(dir=".", prefix=".nurion-health-") as here:
+        answers = world.run(_rank_report, os.path.abspath(here.name), timeout_s=120)
+    rows = [*_machine_checks(world.n), *_rank_checks(answers), *_node_checks(answers)]
     table = pd.DataFrame(rows, columns=["check", "value", "ok"])
     return table.assign(remedy=table["check"].map(REMEDIES).where(~table["ok"], ""))
 
@@ -62,8 +74,10 @@ def _machine_checks(n_ranks: int) -> list[tuple[str, str, bool]]:
 def _rank_checks(answers: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
     n, first = len(answers), answers[0]
     order = [answer["rank"] for answer in answers]
-    pinned = [answer["cores"] for answer in answers]
-    disjoint = n > len(os.sched_getaffinity(0)) or len(set().union(*pinned)) == sum(map(len, pinned))
+    pinned = [answer["cores"] for answer in answers if answer["node"] == first["node"]]
+    disjoint = len(pinned) > first["all_cores"] or len(set().union(*pinned)) == sum(map(len, pinned))
+    if first["node"] != os.uname().nodename:  # where a job shares nodes with others, their scheduler places them
+        disjoint = disjoint or all(len(cores) == first["all_cores"] for cores in pinned)
     operations = [name for name, built in first["horovod_operations"].items() if built]
     sums, expected = {name: {answer[f"{name}_sum"] for answer in answers} for name in ("MPI", "Horovod")}, sum(range(n))
     return [
@@ -79,6 +93,27 @@ def _rank_checks(answers: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
     ]
 
 
+def _node_checks(answers: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
+    """What can be wrong only where ranks sit on several nodes."""
+    nodes = Counter(answer["node"] for answer in answers)
+    if len(nodes) == 1:
+        return []
+    environments = {answer["environment"] for answer in answers}
+    unseen = sorted({answer["node"] for answer in answers if not answer["sees_folder"]})
+    clocks_s = [answer["clock_s"] for answer in answers]
+    carried = Counter()
+    for answer in answers:
+        carried.update(answer["sent"])
+    way, most = carried.most_common(1)[0] if carried else ("no interface that is counted", 0)
+    return [
+        ("ranks on each node", ", ".join(f"{node}: {n}" for node, n in nodes.items()), len({*nodes.values()}) == 1),
+        ("one environment on all nodes", "; ".join(sorted(environments)), len(environments) == 1),
+        ("a folder here is on all nodes", f"not on {', '.join(unseen)}" if unseen else "yes", not unseen),
+        ("clocks of the nodes", f"{max(clocks_s) - min(clocks_s):.3f} s apart", max(clocks_s) - min(clocks_s) < 1),
+        ("MPI's bytes travel by", f"{way} ({most / 1e6:.0f} MB)", way != "lo"),
+    ]
+
+
 def installed(package: str) -> str:
     """Version of an installed package, or "missing"."""
     try:
@@ -87,15 +122,30 @@ def installed(package: str) -> str:
         return "missing"
 
 
-def _rank_report() -> dict[str, Any]:
-    """Runs on every rank."""
+def _rank_report(folder: str) -> dict[str, Any]:
+    """Runs on every rank; `folder` is a file that only the notebook's machine may see."""
+    import time
+
     import horovod.tensorflow as hvd
+    import numpy as np
+    import psutil
     import tensorflow as tf
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
     hvd.init()
+    before, numbers = psutil.net_io_counters(pernic=True, nowrap=False), np.ones(2**20)
+    comm.Allreduce(MPI.IN_PLACE, numbers)
+    comm.barrier()
+    clock_s, after = time.time(), psutil.net_io_counters(pernic=True, nowrap=False)
+    sent = {name: after[name].bytes_sent - before[name].bytes_sent for name in before.keys() & after.keys()}
     return {
+        "node": os.uname().nodename,
+        "environment": f"{sys.prefix}: " + ", ".join(f"{name} {installed(name)}" for name in PACKAGES),
+        "sees_folder": os.path.exists(folder),
+        "clock_s": clock_s,
+        "sent": {name: number for name, number in sent.items() if number > 1e5},
+        "all_cores": os.cpu_count(),
         "rank": comm.rank,
         "cores": sorted(os.sched_getaffinity(0)),
         "mpi_library": MPI.Get_library_version().split("\n")[0].replace("\t", " ").strip(),
@@ -104,3 +154,27 @@ def _rank_report() -> dict[str, Any]:
         "horovod_operations": {"MPI": hvd.mpi_built(), "Gloo": hvd.gloo_built(), "oneCCL": hvd.ccl_built()},
         "operation": os.environ.get("HOROVOD_CPU_OPERATIONS", "the first one built"),
     }
+
+
+def main() -> int:
+    from nurion_utils import ranks
+
+    parser = argparse.ArgumentParser("python -m nurion_utils.health", description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=2, help="how many ranks to start (default: 2)")
+    parser.add_argument("--site", help="a machine with a scheduler, on whose nodes they start")
+    parser.add_argument("--nodes", type=int, help="on how many nodes (default: as many as ranks)")
+    arguments = parser.parse_args()
+    wanted = {"nodes": arguments.nodes} if arguments.nodes else {}
+    try:
+        with ranks.start(max(arguments.ranks, arguments.nodes or 1), site=arguments.site, **wanted) as world:
+            table = report(world)
+    except (ValueError, ranks.RankError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    for row in table.itertuples():
+        print(f"{'ok  ' if row.ok else 'NO  '} {row.check}: {row.value}{f'  -> {row.remedy}' * (not row.ok)}")
+    return 0 if table.ok.all() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

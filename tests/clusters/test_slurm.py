@@ -289,6 +289,14 @@ def test_one_open_direction_between_head_and_nodes_is_enough(blocked: str) -> No
     assert json.loads(ran.stdout.splitlines()[-1]) == FOUR, ran.stderr
 
 
+def test_health_tells_of_all_nodes(cluster: Cluster) -> None:
+    command = [sys.executable, "-m", "nurion_utils.health", "--site", "slurm", "--nodes", "2"]
+    lines = cluster.run(command, timeout=2 * PATIENCE_S).stdout.splitlines()
+    for expected in ("ranks on each node: n1: 1, n2: 1", "a folder here is on all nodes: yes"):
+        assert f"ok   {expected}" in lines
+    assert any(line.startswith("ok   MPI's bytes travel by: eth0") for line in lines)
+
+
 def test_worlds_of_one_rank_are_found_out(cluster: Cluster, notebook: Notebook, tmp_path: Path) -> None:
     site = cluster.directory / "nurion" / "sites" / "alone.toml"
     site.parent.mkdir(parents=True, exist_ok=True)
