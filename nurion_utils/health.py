@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -47,8 +48,12 @@ def report(world: World) -> pd.DataFrame:
     """
     import pandas as pd
 
-    with tempfile.NamedTemporaryFile(dir=".", prefix=".nurion-health-") as here:
-        answers = world.run(_rank_report, os.path.abspath(here.name), timeout_s=120)
+    try:
+        here = tempfile.NamedTemporaryFile(dir=".", prefix=".nurion-health-")
+    except OSError:  # not ours to write to
+        here = contextlib.nullcontext(sys.executable)
+    with here:
+        answers = world.run(_rank_report, os.path.abspath(getattr(here, "name", sys.executable)), timeout_s=120)
     rows = [*_machine_checks(world.n), *_rank_checks(answers), *_node_checks(answers)]
     table = pd.DataFrame(rows, columns=["check", "value", "ok"])
     return table.assign(remedy=table["check"].map(REMEDIES).where(~table["ok"], ""))

@@ -88,14 +88,16 @@ def start(
             return World(n, partial(RemoteRanks, asked), None)
         if wanted:
             raise ValueError(f"{next(iter(wanted))} is for ranks of a job: name its site, as site='slurm'")
-        return _on_this_machine(n, env or {}, cores_per_rank, rate_mbit)
+        cores = sorted(os.sched_getaffinity(0))[: job.cores if job else None]
+        return _on_this_machine(n, env or {}, cores, cores_per_rank, rate_mbit)
 
 
-def _on_this_machine(n: int, env: dict[str, str], cores_per_rank: int | None, rate_mbit: float | None) -> World:
+def _on_this_machine(
+    n: int, env: dict[str, str], cores: list[int], cores_per_rank: int | None, rate_mbit: float | None
+) -> World:
     machine = sites.load("local")
     if n > machine.ranks.max_ranks:
         raise ValueError(f"{n} ranks are more than the {machine.ranks.max_ranks} that site 'local' allows")
-    cores = sorted(os.sched_getaffinity(0))
     most = max(1, len(cores) // n)
     if cores_per_rank is not None and cores_per_rank not in range(1, most + 1):
         raise ValueError(f"{n} ranks can have 1 to {most} cores each here, not {cores_per_rank!r}")
@@ -162,6 +164,13 @@ class World(AbstractContextManager):
         with no_interrupt_lost():
             self._start()
         return self
+
+    def unplug(self, node: str) -> None:
+        """Have a virtual node vanish with all that runs on it, as if its power had failed: to see what happens then."""
+        self._require_running()
+        if self.rate_mbit is None:
+            raise ValueError("only virtual nodes can be unplugged, those of ranks.start(n, rate_mbit=...)")
+        self._processes.unplug(node)
 
     @property
     def is_running(self) -> bool:

@@ -77,6 +77,14 @@ def test_a_file_in_tmp_is_on_one_node_and_one_beside_the_program_on_all(mortal: 
     assert common == (["of_rank0", "of_rank1", "of_rank2"],) * 3
 
 
+def test_ranks_keep_what_they_write_to_their_run_directory(mortal: ranks.World) -> None:
+    def folders() -> list[str]:
+        return [os.environ[name] for name in ("TMPDIR", "IPYTHONDIR")]
+
+    directory = mortal._processes.directory
+    assert mortal.run(folders) == [[str(directory), str(directory / "ipython")]] * 3
+
+
 def test_horovod_takes_the_ranks_for_nodes_too(mortal: ranks.World) -> None:
     def train() -> tuple[int, int, float]:
         import horovod.tensorflow as hvd

@@ -40,7 +40,7 @@ def placement(n: int, rate_mbit: float) -> Placement:
         around=tuple(nodes.namespaces()),
         build=partial(_build, n, rate_mbit, launcher),
         mpiexec=(f"{sys.prefix}/bin/mpiexec", *hydra, "-hosts", ",".join(nodes.names(n))),
-        env={**nodes.environment(), **NETWORK},
+        env={"PATH": nodes.path(), **NETWORK},
         sockets=True,
         progress_s=0.05,
     )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nurion_utils._checks import one_of
 from nurion_utils.ranks import failures
 from nurion_utils.ranks.environment import own_environment
 from nurion_utils.ranks.failures import RankError
@@ -91,6 +92,8 @@ class LocalRanks:
         here = dict(map(_identity, [guardian, *descendants(guardian)]))
         for name in [*self.names, "mpiexec"]:
             said = json.loads((self.directory / f"{name}.process").read_text())
+            if (said["namespace"], said["pid"]) not in here:
+                raise RankError(f"the ranks did not start: {failures.ended([name], self.directory)}")
             self._hold(name, here[said["namespace"], said["pid"]])
             if name.startswith("rank") and said["node"] != os.uname().nodename:
                 self._nodes.setdefault(said["node"], []).append(name)
@@ -104,6 +107,11 @@ class LocalRanks:
     def _hold(self, name: str, pid: int) -> None:
         self._processes[name] = os.pidfd_open(pid)
         self._resources.callback(os.close, self._processes[name])
+
+    def unplug(self, node: str) -> None:
+        """End a virtual node's first process, and with it all others there."""
+        one_of(node, "node", self._nodes)
+        signal.pidfd_send_signal(self._processes[node], signal.SIGKILL)
 
     def dead(self) -> list[str]:
         """Names of the processes that have ended; those of a node that is lost alone, if it is why others ended."""

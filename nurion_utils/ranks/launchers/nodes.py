@@ -162,10 +162,14 @@ def build(
     return script
 
 
+def path() -> str:
+    """Where to look for programs: this environment's MPI first, and last tc, which ordinary users do not find."""
+    return os.pathsep.join([f"{sys.prefix}/bin", os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
 def environment() -> dict[str, str]:
-    """That of this process, with this environment's MPI, and where ordinary users do not look for tc."""
-    path = os.pathsep.join([f"{sys.prefix}/bin", os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
-    return {**own_environment(), "PATH": path}
+    """That of this process, with `path`."""
+    return {**own_environment(), "PATH": path()}
 
 
 def namespaces() -> list[str]:

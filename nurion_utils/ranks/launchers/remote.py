@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -68,13 +69,14 @@ class RemoteRanks:
     def __init__(self, request: Request, resources: contextlib.ExitStack) -> None:
         self.n, self._request = request.n, request
         self.names = [*(f"rank{rank}" for rank in range(self.n)), "controller"]
+        self._shared = shared = on_all_nodes()
+        resources.callback(shutil.rmtree, shared, ignore_errors=True)
         self._guarded = Guarded(resources, [], own_environment())
         resources.callback(self.end)
         self.directory = self._guarded.directory
         self._told, self._asked_s, self._began_s = "", 0.0, time.monotonic()
         self._starting_s: float | None = None if request.batch else self._began_s
         self._deadline_s = START_TIMEOUT_S
-        self._shared = shared = on_all_nodes()
         farewell = f"rm -rf {shlex.quote(str(shared))}"
         shared.mkdir(mode=0o700)
         world = {**agent.keys(), "n": self.n, "ranks_per_node": request.ranks_per_node, "cores": request.cores}

@@ -9,6 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from nurion_utils.ranks.failures import RankError
+
 FORGOTTEN_S = 3600.0  # a folder that is in use is touched every second
 
 
@@ -25,7 +27,11 @@ def sweep() -> None:
 def on_all_nodes() -> Path:
     """The name of a new folder where all nodes of a cluster see it, as they do not see /tmp."""
     parent = Path.home() / ".nurion"
-    parent.mkdir(mode=0o700, exist_ok=True)
+    try:
+        parent.mkdir(mode=0o700, exist_ok=True)
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise RankError(f"ranks on other nodes need {parent}, which all nodes see: {error.strerror}") from None
     for folder in parent.glob("run-*"):
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime > FORGOTTEN_S:
