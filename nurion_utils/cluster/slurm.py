@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,7 +91,7 @@ class Cluster(contextlib.AbstractContextManager):
         "to head" or "from head": the direction in which no connection between head and nodes can be opened, but
         those of Slurm.
     shared
-        Folders below /tmp that all nodes see; what is not below /tmp or /dev/shm they see anyway.
+        Further folders below /tmp that all nodes see; what is not below /tmp or /dev/shm they see anyway.
     """
 
     def __init__(
@@ -149,10 +148,8 @@ class Cluster(contextlib.AbstractContextManager):
         where = {"directory": self.directory, "head": head, "address": address, "count": len(self.nodes)}
         configuration = CONFIGURATION.format(cores=CORES_PER_NODE, memory_mb=memory_mb, **where)
         Path(self.environment["SLURM_CONF"]).write_text(configuration)
-        folders = [self.directory, sys.prefix, sys.base_prefix, os.getcwd(), *shared]
-        build = virtual.build(len(self.nodes), rate_mbit, folders, blocked, PORTS) + MUNGE.format(
-            directory=self.directory
-        )
+        build = virtual.build(len(self.nodes), rate_mbit, [self.directory, *shared], blocked, PORTS)
+        build += MUNGE.format(directory=self.directory)
         daemons = {"slurmctld": ["slurmctld", "-D"]}
         daemons |= {node: [f"{virtual.SHM}/on", node, "slurmd", "-D", "-N", node] for node in self.nodes}
         self._guarded.begin(daemons, self.environment, build)

@@ -7,7 +7,6 @@
 So one sees what algorithms differ in: bytes on the wire.
 """
 
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -47,6 +46,5 @@ def placement(n: int, rate_mbit: float) -> Placement:
 
 
 def _build(n: int, rate_mbit: float, launcher: str, directory: Path) -> str:
-    shared = [directory, sys.prefix, sys.base_prefix, os.getcwd(), *filter(None, sys.path)]
-    script = nodes.build(n, rate_mbit, shared)
+    script = nodes.build(n, rate_mbit, [directory])
     return f"{script}\ncat > {launcher} <<'END'\n{LAUNCHER.format(shm=nodes.SHM)}END\nchmod 700 {launcher}\n"

@@ -132,7 +132,8 @@ def build(
     rate_mbit
         What each link carries each way, in 10^6 bit/s; None for as much as this machine's memory can.
     shared
-        Folders below /tmp that all nodes see nevertheless.
+        Folders below /tmp that all nodes see nevertheless, as they do the current and the home folder and all that
+        Python imports from.
     blocked
         "to head" or "from head": the direction in which no TCP connection between a node and the head can be opened,
         `but` to these ports.
@@ -151,7 +152,8 @@ def build(
         rules = BLOCKED.format(chain=chain, end=end, head=HEAD_ADDRESS, but=but)
         wall = f"nsenter --net=net sh -ec {shlex.quote(rules)}"
     script = OUTSIDE.format(hosts=shlex.join(hosts), on_node=shlex.quote(ON_NODE))
-    paths = sorted({os.path.realpath(path) for path in shared})
+    usual = [os.getcwd(), Path.home(), sys.prefix, sys.base_prefix, *filter(None, sys.path)]
+    paths = sorted({os.path.realpath(path) for path in [*usual, *shared]})
     each = [(shlex.quote(path), shlex.quote(path[1:])) for path in paths if path.startswith("/tmp/")]
     keep = "\n".join(f"mkdir -p {path}; mount --rbind {outside} {path}" for path, outside in each).replace("'", "'\\''")
     script += "".join(NODE.format(name=name, keep=keep) for name in names(count))

@@ -98,7 +98,7 @@ def _batch(site: sites.Site, numbers: dict[str, int], wanted: Wanted) -> Batch:
         positive(wait_s, "wait_s")
     name = f"nurion-{secrets.token_hex(4)}"
     submit = [
-        *["sbatch", "--parsable", f"--job-name={name}", f"--nodes={numbers['nodes']}"],
+        *["sbatch", "--parsable", "--output=/dev/null", f"--job-name={name}", f"--nodes={numbers['nodes']}"],
         *[f"--ntasks-per-node={numbers['ranks_per_node']}", f"--cpus-per-task={numbers['cores_per_rank']}"],
         *[f"--time={max(1, round(minutes))}", *wanted.get("options", [])],
         *([f"{scheduler.queue_option or '--partition'}={queue}"] if queue else []),
