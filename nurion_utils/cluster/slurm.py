@@ -109,7 +109,7 @@ class Cluster(contextlib.AbstractContextManager):
         self._guarded.end_with(self)
         self._user = ["--user"] if "--user" in around else []
         self.directory = self._guarded.directory
-        self.environment = {**env, "SLURM_CONF": str(self.directory / "slurm.conf")}
+        self.environment = {**env, **virtual.NETWORK, "SLURM_CONF": str(self.directory / "slurm.conf")}
         try:
             self._begin(rate_mbit, blocked, shared)
         except BaseException:

@@ -14,11 +14,8 @@ from pathlib import Path
 from nurion_utils.ranks.launchers import nodes
 from nurion_utils.ranks.launchers.local import Placement
 
-# MPI must take the network, and the one with the slow links; UCX takes nodes of one kernel for one host.
-NETWORK = {
-    "UCX_TLS": "tcp,self",
-    "UCX_NET_DEVICES": "eth0",
-    "HOROVOD_GLOO_IFACE": "eth0",
+SETTINGS = {
+    **nodes.NETWORK,
     # UCX would send a large message in one piece, and with it hold up the word to the partner that it may send too:
     # exchanges of 4 MB and more, recursive doubling's for one, would go one way first and then the other.
     "UCX_RNDV_SCHEME": "am",
@@ -39,7 +36,7 @@ def placement(n: int, rate_mbit: float) -> Placement:
         around=tuple(nodes.namespaces()),
         build=partial(_build, n, rate_mbit, launcher),
         mpiexec=(f"{sys.prefix}/bin/mpiexec", *hydra, "-hosts", ",".join(nodes.names(n))),
-        env={"PATH": nodes.path(), **NETWORK},
+        env={"PATH": nodes.path(), **SETTINGS},
         sockets=True,
         progress_s=0.05,
     )

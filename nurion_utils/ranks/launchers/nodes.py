@@ -37,6 +37,8 @@ BURST_S = 0.32e-3  # the free start is worth so many seconds; 4000 bytes at 100 
 # Packets wait rather than drop: lost ones would cost TCP's retransmission time-outs of 200 ms.
 LIMIT = "32mb"
 TRIAL_S = 60.0
+# MPI must take the network, and the one with the slow links; UCX takes nodes of one kernel for one host.
+NETWORK = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "eth0", "HOROVOD_GLOO_IFACE": "eth0"}
 
 OUTSIDE = f"""
 mount -t tmpfs -o mode=0711 nodes {SHM}
