@@ -10,15 +10,16 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nurion_utils import schedulers
 from nurion_utils.ranks import failures
 from nurion_utils.ranks.environment import own_environment
 from nurion_utils.ranks.failures import RankError
 from nurion_utils.ranks.processes import Guarded, agent, controller
 from nurion_utils.ranks.processes.folders import on_all_nodes, write_whole
+from nurion_utils.schedulers import State
 
 START_TIMEOUT_S = 120.0
 ASK_EVERY_S = 1.0
@@ -29,11 +30,10 @@ ENGINE = Path(__file__).parents[1] / "engine.py"
 class Batch:
     """How to get nodes: `submit` is the scheduler's command, which prints a job's number; `cancel` is a line of shell.
 
-    `kind` names the scheduler. After `wait_s` without nodes it is given up.
+    `state` says how the job of a number is doing. After `wait_s` without nodes it is given up.
     """
 
-    kind: str
-    name: str
+    state: Callable[[str], State]
     submit: tuple[str, ...]
     script: str
     cancel: str
@@ -81,13 +81,13 @@ class RemoteRanks:
         world["launcher"] = request.launcher
         write_whole(shared / "world.json", json.dumps(world).encode())
         os.mkfifo(self.directory / "commands", mode=0o600)
-        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in request.env.items())
         rank = shlex.join([sys.executable, "-P", str(ENGINE), "--of", str(shared)])
-        write_whole(shared / "rank.sh", f"#!/bin/sh\n{exports}exec {rank}\n".encode())
+        write_whole(shared / "rank.sh", f"#!/bin/sh\n{exports(request.env)}exec {rank}\n".encode())
         launch = f"{request.launcher} sh {shlex.quote(str(shared / 'rank.sh'))}"
         launcher, env = ["sh", "-c", f"exec {launch}"], {**own_environment(), **request.launcher_env}
         if batch := request.batch:
-            script = batch.script.format(launch=launch, shared=shlex.quote(str(shared)))
+            words = {"launch": launch, "shared": shlex.quote(str(shared)), "exports": exports(request.launcher_env)}
+            script = batch.script.format(**words)
             write_whole(shared / "job.sh", script.encode())
             launcher, farewell = [*batch.submit, str(shared / "job.sh")], f"{batch.cancel}; {farewell}"
         commands = {
@@ -192,7 +192,7 @@ class RemoteRanks:
         id = said.splitlines()[-1].partition(";")[0] if said else ""
         if not id or " " in id:
             raise RankError(f"{batch.submit[0]} refused the job: {said or 'it gave no number'}")
-        state = getattr(schedulers, batch.kind).state(id)
+        state = batch.state(id)
         if state.name == "running":
             self._starting_s = self._starting_s or time.monotonic()
         elif state.name == "never":
@@ -209,6 +209,11 @@ class RemoteRanks:
         if line != self._told and state.name == "waiting" and state.reason:
             print(line)
             self._told = line
+
+
+def exports(env: Mapping[str, str]) -> str:
+    """The variables of `env` in lines of shell."""
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
 
 
 MIRROR = "from nurion_utils.ranks.processes.agent import mirror; mirror()"
