@@ -1,4 +1,4 @@
-"""Ranks through PBS Pro: on virtual nodes with a stand-in that behaves as its commands, or where there are real ones."""
+"""Ranks through PBS Pro: played on virtual nodes by a stand-in for its commands, or where the real ones are."""
 
 import contextlib
 import os
@@ -136,6 +136,24 @@ def test_from_outside_a_job_is_submitted_and_ended(notebook: Notebook) -> None:
     assert two_on_two(answer(notebook(code)))
 
 
+def test_a_command_as_a_job_has_its_ranks_on_all_nodes(notebook: Notebook) -> None:
+    code = """
+from nurion_utils import jobs
+import shlex, tempfile
+from pathlib import Path
+
+program = "from mpi4py.MPI import COMM_WORLD as w; import socket; print(w.allgather(socket.gethostname()))"
+with tempfile.TemporaryDirectory(dir=Path.home()) as directory:
+    command = shlex.join([sys.executable, "-c", program])
+    job = jobs.submit(jobs.Job(command, "pbs", 2, hours=0.1, options={"-V": ""}, directory=directory))
+    while not jobs.status(job).ended:
+        time.sleep(0.1)
+    say(job.log.read_text())
+"""
+    found = re.findall(r"^\['(.+)', '(.+)'\]$", answer(notebook(code)), re.MULTILINE)
+    assert len(found) == 2 and found[0] == found[1] and len({*found[0]}) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -187,6 +205,20 @@ except KeyboardInterrupt:
         waits, last = output.splitlines()
         assert "waiting (Not Running: Insufficient amount of resource" in waits and last == '"interrupted"'
         assert len(mine(cluster)) == 1
+
+
+def test_a_notebook_that_is_killed_while_it_waits_takes_its_job_with_it(cluster: Cluster, notebook: Notebook) -> None:
+    def until_mine_are(count: int) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while len(mine(cluster)) != count:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    with full(cluster):
+        process = notebook('ranks.start(2, site="pbs")')
+        until_mine_are(2)
+        script_of(process).kill()
+        until_mine_are(1)
 
 
 def test_a_start_that_gets_no_nodes_in_time_is_given_up(cluster: Cluster, notebook: Notebook) -> None:

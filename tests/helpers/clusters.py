@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import PATIENCE_S
 
+from helpers import PATIENCE_S
 from nurion_utils.cluster import Cluster
 from nurion_utils.cluster.slurm import ClusterError
 from nurion_utils.ranks import NodesError

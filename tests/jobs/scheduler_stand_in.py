@@ -110,7 +110,10 @@ def run(number):
             if job["cancelled"]:
                 return
             if len(free) >= job["nodes"] <= slots:
-                job |= {"state": "R", "hosts": free[: job["nodes"]], "started": time.time()}
+                hosts = free[: job["nodes"]]
+                if not job.get("scatter", True) and job["nodes"] * job["cores"] <= RULES["cores"]:
+                    hosts = hosts[:1] * job["nodes"]
+                job |= {"state": "R", "hosts": hosts, "started": time.time()}
                 write(number, job)
                 break
         time.sleep(0.05)
@@ -223,7 +226,7 @@ def qsub(words):
     if not os.path.isfile(words[0]):
         fail(f"qsub: script file:: No such file or directory: {words[0]}", 1)
     job = {"kind": "pbs", "name": "STDIN", "queue": RULES["queues"][0], "nodes": 1, "ranks": 1, "seconds": 3600}
-    job |= {"reason": "", "joined": False, "cores": 1, "threads": 1, "output": None}
+    job |= {"reason": "", "joined": False, "cores": 1, "threads": 1, "output": None, "scatter": False}
     for key, *values in [*directives(words[0], "PBS"), *given]:
         value = " ".join(values)
         if key == "-N":
@@ -273,7 +276,9 @@ def pbs_resource(job, value):
     elif key == "walltime":
         hours, minutes, seconds = map(int, text.split(":"))
         job["seconds"] = 3600 * hours + 60 * minutes + seconds
-    elif key != "place":
+    elif key == "place":
+        job["scatter"] = "scatter" in text.split(":")
+    else:
         fail(f"qsub: Unknown resource Resource_List.{key}", 187)
 
 

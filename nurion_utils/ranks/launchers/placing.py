@@ -34,9 +34,7 @@ def request(
     """Ranks on the nodes of `job`, in which this process runs, or of a new one; ValueError if that is not possible."""
     kind, launcher = site.scheduler.kind, site.scheduler.launcher
     if kind not in SCHEDULERS:
-        raise ValueError(
-            f"ranks are started through {' or '.join(SCHEDULERS)}, not through {kind}, which {site.name!r} has"
-        )
+        raise ValueError(f"site {site.name!r} has {kind}: ranks are started through {' or '.join(SCHEDULERS)}")
     most = len(job.nodes) if job else site.node.count if site.partitions else None
     nodes = whole_number(wanted.get("nodes", min(n, most or n)), "nodes", most=most)
     if n % nodes:
