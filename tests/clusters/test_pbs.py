@@ -249,4 +249,4 @@ def test_a_job_that_is_ended_by_others_is_named(cluster: Cluster, notebook: Note
     until_at_work(process)
     cluster.run(["qdel", *mine(cluster)], check=True)
     _, errors = process.communicate(timeout=PATIENCE_S)
-    assert re.search(r"RankError: rank \d .*", errors)
+    assert re.search(r"RankError: job \S+ has ended \(cancelled.*\): rank \d", errors)

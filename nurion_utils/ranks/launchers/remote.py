@@ -19,7 +19,7 @@ from nurion_utils.ranks.environment import own_environment
 from nurion_utils.ranks.failures import RankError
 from nurion_utils.ranks.processes import Guarded, agent, controller
 from nurion_utils.ranks.processes.folders import on_all_nodes, write_whole
-from nurion_utils.schedulers import State
+from nurion_utils.schedulers import SchedulerError, State
 
 START_TIMEOUT_S = 120.0
 ASK_EVERY_S = 1.0
@@ -71,6 +71,7 @@ class RemoteRanks:
         self._guarded = Guarded(resources, [], own_environment())
         resources.callback(self.end)
         self.directory = self._guarded.directory
+        self._job = ""  # its number, once it is in the queue
         self._told, self._asked_s, self._began_s = "", 0.0, time.monotonic()
         self._starting_s: float | None = None if request.batch else self._began_s
         self._deadline_s = START_TIMEOUT_S
@@ -145,6 +146,8 @@ class RemoteRanks:
         ended = [name for name in self.names[:-1] if (self.directory / f"{name}.status").exists()]
         if ended and len(ended) < self.n:
             time.sleep(0.2)  # the others may follow the first one, which is the one to be named
+        if ended:
+            self._note_end_of_job()
         return sorted(ended, key=lambda name: (self.directory / f"{name}.status").stat().st_mtime_ns)[:1] or (
             ["controller"] if self._guarded.has_ended("controller") else []
         )
@@ -172,6 +175,15 @@ class RemoteRanks:
         """How many ranks' agents have told that."""
         return len(list(self.directory.glob(f"rank*.{what}")))
 
+    def _note_end_of_job(self) -> None:
+        """Ranks may end because their job does."""
+        if self._job:
+            with contextlib.suppress(SchedulerError):
+                state = self._request.batch.state(self._job)
+                if state.ended:
+                    words = f"job {self._job} has ended ({' '.join(filter(None, [state.name, state.reason]))}): "
+                    write_whole(self.directory / failures.END_OF_JOB, words.encode())
+
     def _command(self, line: str) -> None:
         with contextlib.suppress(OSError):  # nobody listens: the mirror has ended
             fifo = os.open(self.directory / "commands", os.O_WRONLY | os.O_NONBLOCK)
@@ -192,7 +204,7 @@ class RemoteRanks:
         id = said.splitlines()[-1].partition(";")[0] if said else ""
         if not id or " " in id:
             raise RankError(f"{batch.submit[0]} refused the job: {said or 'it gave no number'}")
-        state = batch.state(id)
+        self._job, state = id, batch.state(id)
         if state.name == "running":
             self._starting_s = self._starting_s or time.monotonic()
         elif state.name == "never":
