@@ -142,7 +142,7 @@ from nurion_utils import jobs
 import shlex, tempfile
 from pathlib import Path
 
-program = "from mpi4py.MPI import COMM_WORLD as w; import socket; print(w.allgather(socket.gethostname()))"
+program = "from mpi4py.MPI import *; h = COMM_WORLD.allgather(Get_processor_name()); COMM_WORLD.rank or print(h)"
 with tempfile.TemporaryDirectory(dir=Path.home()) as directory:
     command = shlex.join([sys.executable, "-c", program])
     job = jobs.submit(jobs.Job(command, "pbs", 2, hours=0.1, options={"-V": ""}, directory=directory))
@@ -150,8 +150,8 @@ with tempfile.TemporaryDirectory(dir=Path.home()) as directory:
         time.sleep(0.1)
     say(job.log.read_text())
 """
-    found = re.findall(r"^\['(.+)', '(.+)'\]$", answer(notebook(code)), re.MULTILINE)
-    assert len(found) == 2 and found[0] == found[1] and len({*found[0]}) == 2
+    ((first, second),) = re.findall(r"^\['(.+)', '(.+)'\]$", answer(notebook(code)), re.MULTILINE)
+    assert first != second
 
 
 @pytest.mark.parametrize(

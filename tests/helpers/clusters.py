@@ -104,5 +104,9 @@ def until_at_work(process: subprocess.Popen) -> None:
 def script_of(process: subprocess.Popen) -> psutil.Process:
     """The process that runs a notebook's code, below what brings it to the head, or into a job."""
     own = psutil.Process(process.pid)
-    commands = [(each, each.cmdline()) for each in [own, *own.children(recursive=True)]]
-    return next(each for each, words in commands if words[:2] == [sys.executable, "-c"] and BEGIN in words[2])
+    for each in [own, *own.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):  # it has ended by now
+            words = each.cmdline()
+            if words[:2] == [sys.executable, "-c"] and BEGIN in words[2]:
+                return each
+    raise AssertionError("the notebook's code does not run")
