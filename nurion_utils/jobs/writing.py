@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 
 from nurion_utils.jobs import data_lines, flux, linting, pbs, slurm
 from nurion_utils.jobs.job import Job, Line
+from nurion_utils.schedulers.pbs import launcher_environment
 
 SCHEDULERS = {"PBS Pro": pbs, "Slurm": slurm, "Flux": flux}
 
@@ -81,6 +82,10 @@ def _environment(job: Job) -> list[Line]:
     if site.job_modules:
         modules = site.figures["job_modules"].cited
         lines.append(Line(f"module load {shlex.join(site.job_modules)}", "the site's compilers and MPI", modules))
+    if job.launcher and SCHEDULERS[site.kind] is pbs:
+        reached = launcher_environment(job.launcher)
+        why, source = "PBS reaches other nodes for MPICH, where ssh may not", "pbs_tmrsh(8B)"
+        lines += [Line(f"export {key}={shlex.quote(value)}", why, source) for key, value in reached.items()]
     ends = f"export NURION_ENDS_AT=$(($(date +%s) + {60 * job.minutes}))"
     lines.append(Line(ends, "when the time is up, in seconds since 1970: for a program that saves before"))
     lines += [Line(f"export {key}={shlex.quote(value)}", "asked for") for key, value in job.environment.items()]

@@ -22,6 +22,7 @@ MACHINERY = re.compile(
     r"|^I\d{4} "
 )
 LAST_LINES = 12
+END_OF_JOB = "job.end"  # the file that says how the ranks' job ended, if it did before them
 LOST = "lost"  # what is noted down of how a rank ended whose node has gone
 PATIENCE_S = 5.0
 # What Horovod's stall check logs: which ranks have not submitted what others wait for; the last line, and the marks
@@ -178,12 +179,16 @@ def ended(names: list[str], directory: Path) -> str:
     _wait_for_text([directory / f"{name}.status" for name in names if name != "controller"])
     codes = {name: _read(directory / f"{name}.status") for name in names}
     ends = [(_called(name), _read(directory / f"{name}.node"), code) for name, code in codes.items()]
-    return " and ".join(
-        f"{who} was lost with its node {node}"
-        if code == LOST
-        else f"{who}{f' on node {node}' * bool(node)} {how_it_ended(int(code) if code else None)}"
-        for who, node, code in ends
-    ) + last_output(names, directory)
+    return (
+        _read(directory / END_OF_JOB)
+        + " and ".join(
+            f"{who} was lost with its node {node}"
+            if code == LOST
+            else f"{who}{f' on node {node}' * bool(node)} {how_it_ended(int(code) if code else None)}"
+            for who, node, code in ends
+        )
+        + last_output(names, directory)
+    )
 
 
 def last_output(names: list[str], directory: Path) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from nurion_utils.schedulers.commands import SchedulerError, State, run, submitted
@@ -52,6 +53,15 @@ def waiting(queue: str | None) -> int:
     """How many jobs of this user's wait in a queue, or in all."""
     code, said = run(["qselect", "-u", getpass.getuser(), "-s", "HQW", *(["-q", queue] if queue else [])])
     return len(said.split()) if code == 0 else 0
+
+
+def launcher_environment(launcher: str) -> dict[str, str]:
+    """What makes MPICH's mpiexec reach a job's nodes through PBS, as it cannot by ssh; others do so by themselves."""
+    if os.path.basename(launcher.split()[0]) != "mpiexec":
+        return {}
+    script = Path(__file__).with_name("pbs_rsh.sh")
+    # `rsh`, because before a host it puts what is said here, and nothing else.
+    return {"HYDRA_LAUNCHER": "rsh", "HYDRA_LAUNCHER_EXEC": "/bin/sh", "HYDRA_LAUNCHER_EXTRA_ARGS": str(script)}
 
 
 def _state(job: Mapping[str, Any]) -> State:

@@ -8,42 +8,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 from helpers import PATIENCE_S
+from helpers.clusters import (
+    BEGIN,
+    Notebook,
+    answer,
+    at_work,
+    leaves_nothing,
+    make,
+    notebooks,
+    script_of,
+    traces,
+    until_at_work,
+)
 
 from nurion_utils.cluster import Cluster
-from nurion_utils.cluster.slurm import ClusterError
-from nurion_utils.ranks import NodesError
 
 pytestmark = [pytest.mark.lab, pytest.mark.ranks]
-
-RUNS = Path.home() / ".nurion"
-SETTINGS = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "eth0"}  # UCX takes the nodes of one kernel for one host
-BEGIN = """
-import json, os, signal, sys, threading, time
-from nurion_utils import ranks
-
-def who():
-    import socket
-    from mpi4py import MPI
-    return MPI.COMM_WORLD.rank, MPI.COMM_WORLD.allreduce(1), socket.gethostname()
-
-def say(found):
-    print(json.dumps(found), flush=True)
-"""
-
-
-def make(**options: object) -> Cluster:
-    try:
-        cluster = Cluster(4, **options)
-    except (ClusterError, NodesError) as missing:
-        pytest.skip(str(missing))
-    cluster.environment.update(SETTINGS)
-    return cluster
 
 
 @pytest.fixture(scope="module")
@@ -55,59 +41,23 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """After each test no job is in the queue, no process of ours on a node, and no folder on any."""
-    before = {*RUNS.glob("*")}
-    yield
-    if "cluster" not in request.fixturenames:
-        return
-    cluster = request.getfixturevalue("cluster")
-    deadline = time.monotonic() + PATIENCE_S
-    while (left := traces(cluster, before)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert left == []
-
-
-def traces(cluster: Cluster, before: set[Path]) -> list[str]:
-    left = cluster.run(["squeue", "--noheader"]).stdout.splitlines()
-    left += map(str, {*RUNS.glob("*")} - before)
-    for node in cluster.nodes:
-        listed = cluster.run(["sh", "-c", "ls -d /tmp/nurion-* 2>/dev/null; pgrep -f -a nurion_utils"], on=node).stdout
-        left += [f"{node}: {line}" for line in listed.splitlines() if str(cluster.directory) not in line]
-    return [line for line in left if "pgrep" not in line]
-
-
-Notebook = Callable[..., subprocess.Popen]
+    with leaves_nothing() as found:
+        yield
+        if "cluster" in request.fixturenames:
+            cluster = request.getfixturevalue("cluster")
+            found.append(partial(traces, cluster, ["squeue", "--noheader"]))
 
 
 @pytest.fixture
 def notebook(cluster: Cluster) -> Iterator[Notebook]:
     """Run code on the head as a notebook would be, in a job of `nodes` nodes if so many are named."""
-    started = []
+    with notebooks(cluster) as start:
 
-    def run(code: str, nodes: int | None = None, on: str = "head", **env: str) -> subprocess.Popen[str]:
-        job = ["salloc", "--quiet", f"--nodes={nodes}", "--time=5"] if nodes else []
-        process = subprocess.Popen(
-            cluster.command([*job, sys.executable, "-c", BEGIN + code], on),
-            env={**cluster.environment, **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            text=True,
-        )
-        started.append(process)
-        return process
+        def run(code: str, nodes: int | None = None, **env: str) -> subprocess.Popen[str]:
+            job = ["salloc", "--quiet", f"--nodes={nodes}", "--time=5"] if nodes else []
+            return start([*job, sys.executable, "-c", BEGIN + code], **env)
 
-    yield run
-    for process in started:
-        for each in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
-            each.kill()
-        process.communicate()
-
-
-def answer(process: subprocess.Popen) -> object:
-    """What the code said at last; its errors, if it said nothing."""
-    output, errors = process.communicate(timeout=2 * PATIENCE_S)
-    assert process.returncode == 0, errors
-    return json.loads(output.splitlines()[-1])
+        yield run
 
 
 FOUR = [[rank, 4, f"n{rank + 1}"] for rank in range(4)]
@@ -179,15 +129,7 @@ with ranks.start(2, site="slurm") as world:
     assert answer(notebook(code)) == [[0, 2, "n1"], [1, 2, "n2"]]
 
 
-AT_WORK = """
-world = ranks.start(4, site="slurm")
-say("at work")
-world.run(time.sleep, 1000)
-"""
-
-
-def until_at_work(process: subprocess.Popen) -> None:
-    assert '"at work"\n' in iter(process.stdout.readline, ""), process.stderr.read()
+AT_WORK = at_work("slurm", 4)
 
 
 @pytest.mark.parametrize("nodes", [None, 4])
@@ -197,12 +139,7 @@ def test_a_notebook_that_is_ended_leaves_nothing_on_any_node(
 ) -> None:
     process = notebook(AT_WORK, nodes)
     until_at_work(process)
-    (script,) = [
-        each
-        for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        if each.cmdline()[:2] == [sys.executable, "-c"] and BEGIN in each.cmdline()[2]
-    ][:1]
-    script.send_signal(number)
+    script_of(process).send_signal(number)
     process.communicate(timeout=PATIENCE_S)
 
 
@@ -349,7 +286,7 @@ with ranks.start(4, site="slurm") as world:
 """
     process = notebook(code)
     until_at_work(process)
-    ran = cluster.run([sys.executable, "-c", ATTACK, str(RUNS), "head"], timeout=PATIENCE_S)
+    ran = cluster.run([sys.executable, "-c", ATTACK, str(cluster.directory / ".nurion"), "head"], timeout=PATIENCE_S)
     ports, files, answers = json.loads(ran.stdout)
     assert ports > 5 and files == [] and answers == [], ran.stderr
     assert answer(process) == FOUR  # and nobody disturbed them

@@ -3,9 +3,11 @@
 
 It is strict: options that it does not know, resources that do not exist and jobs that it never heard of are refused
 with the words and the exit status of the real ones. It has no daemon: `qsub` and `sbatch` leave a process behind that
-waits for free nodes, runs the script on this machine as if on those nodes, and ends with the job.
+waits for free nodes, runs the script on this machine as if on those nodes, and ends with the job. With `--serve` it is
+a server, for whoever ends all that a command leaves behind, and for jobs on virtual nodes.
 
 STAND_IN is a directory for its records; STAND_IN_RULES a JSON object with any of
+on (a command that runs others on the node that its first argument names; jobs are then run by a server, on such nodes),
 nodes (3), cores (of each, 2), queues (["main"]), most_minutes (of a job; a longer one is refused by PBS Pro and waits
 for ever in Slurm), history (true: what has ended can be asked after), kill_s (2: from SIGTERM to SIGKILL), slots (how
 many nodes may be busy at once; all).
@@ -13,6 +15,7 @@ many nodes may be busy at once; all).
 
 import contextlib
 import fcntl
+import functools
 import getpass
 import json
 import os
@@ -25,8 +28,17 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(os.environ["STAND_IN"])
-RULES = {"nodes": 3, "cores": 2, "queues": ["main"], "most_minutes": None, "history": True, "kill_s": 2, "slots": None}
+HERE = Path(os.environ.get("STAND_IN") or os.environ.get("PBS_JOBCOOKIE", "/nowhere"))
+RULES = {
+    "on": None,
+    "nodes": 3,
+    "cores": 2,
+    "queues": ["main"],
+    "most_minutes": None,
+    "history": True,
+    "kill_s": 2,
+    "slots": None,
+}
 RULES |= json.loads(os.environ.get("STAND_IN_RULES", "{}"))
 NEVER_PBS, NEVER_SLURM = "Can Never Run: Not enough total nodes available", "PartitionNodeLimit"
 
@@ -64,12 +76,27 @@ def enqueue(job, script):
         shutil.copy(script, HERE / f"{number}.sh")
         state = {"state": "Q", "hosts": [], "exit": None, "cancelled": False, "user": getpass.getuser(), "pid": None}
         write(number, {**state, "directory": os.getcwd(), "submitted": time.time(), "started": None, **job})
-    if not job["reason"]:
-        with open(HERE / f"{number}.runner", "w") as log:
-            words = [sys.executable, __file__, "--run", str(number)]
-            runner = subprocess.Popen(words, stdin=-3, stdout=log, stderr=log, start_new_session=True)
-        change(number, runner=runner.pid)
+    if not job["reason"] and not RULES["on"]:
+        start_runner(number)
     return number
+
+
+def start_runner(number):
+    with open(HERE / f"{number}.runner", "w") as log:
+        words = [sys.executable, __file__, "--run", str(number)]
+        runner = subprocess.Popen(words, stdin=-3, stdout=log, stderr=log, start_new_session=True)
+    change(number, runner=runner.pid)
+
+
+def serve():
+    """Runs all jobs that come."""
+    while True:
+        with locked():
+            new = [number for number, job in jobs().items() if job["state"] == "Q" and "runner" not in job]
+        for number in new:
+            if not jobs()[number]["reason"]:
+                start_runner(number)
+        time.sleep(0.05)
 
 
 def run(number):
@@ -83,7 +110,10 @@ def run(number):
             if job["cancelled"]:
                 return
             if len(free) >= job["nodes"] <= slots:
-                job |= {"state": "R", "hosts": free[: job["nodes"]], "started": time.time()}
+                hosts = free[: job["nodes"]]
+                if not job.get("scatter", True) and job["nodes"] * job["cores"] <= RULES["cores"]:
+                    hosts = hosts[:1] * job["nodes"]
+                job |= {"state": "R", "hosts": hosts, "started": time.time()}
                 write(number, job)
                 break
         time.sleep(0.05)
@@ -91,25 +121,56 @@ def run(number):
     environment, folder = (pbs_environment if job["kind"] == "pbs" else slurm_environment)(number, job)
     live = Path(job["output"]) if job["kind"] == "slurm" else output
     with open(live, "w") as log:
-        process = subprocess.Popen(
-            ["bash", HERE / f"{number}.sh"], env=clean | environment, cwd=folder, stdin=-3, stdout=log, stderr=-2,
-            start_new_session=True,
-        )  # fmt: skip
+        clean = job.get("environment") or clean
+        begin = functools.partial(start_on_node, environment=clean | environment, folder=folder, log=log)
+        process = begin(job["hosts"][0], ["bash", str(HERE / f"{number}.sh")])
         change(number, pid=process.pid)
-        code, over = watch(number, process, job["seconds"]), False
+        tasks = Tasks(number, begin)
+        code, over = watch(number, process, job["seconds"], tasks), False
         if code is None:
             over, code = True, end(process)
             log.seek(0, 2)
             print(f"=>> PBS: job killed: walltime {job['seconds'] + 1} exceeded limit {job['seconds']}", file=log)
-    if job["kind"] == "pbs":
+        tasks.end()
+    if job["kind"] == "pbs" and job["output"] != "/dev/null":
         shutil.copy(output, job["output"].replace("NUMBER", str(number)))
     change(number, state="F", exit=-29 if over and job["kind"] == "pbs" else code, over=over)
 
 
-def watch(number, process, seconds):
+def start_on_node(host, words, environment, folder, log):
+    there = [RULES["on"], host, "sh", "-c", 'cd "$0" && exec "$@"', folder] if RULES["on"] else []
+    return subprocess.Popen(
+        [*there, *words], env=environment, cwd=folder, stdin=-3, stdout=log, stderr=-2, start_new_session=True
+    )
+
+
+class Tasks:
+    """What `pbs_tmrsh` asks for in a job: it leaves word in a file NUMBER.NAME.task, and waits for NUMBER.NAME.done."""
+
+    def __init__(self, number, begin):
+        self.number, self.begin, self.running = number, begin, {}
+
+    def look(self):
+        for task in HERE.glob(f"{self.number}.*.task"):
+            host, *words = json.loads(task.read_text())
+            task.unlink()
+            self.running[task.with_suffix(".done")] = self.begin(host, words)
+        for done, process in list(self.running.items()):
+            if process.poll() is not None:
+                done.with_suffix(".new").write_text(str(process.returncode))
+                os.replace(done.with_suffix(".new"), done)
+                del self.running[done]
+
+    def end(self):
+        for process in self.running.values():
+            end(process)
+
+
+def watch(number, process, seconds, tasks):
     """The exit status of the job, 128 more for a signal; None when its time is up."""
     ends = time.monotonic() + seconds
     while (code := process.poll()) is None:
+        tasks.look()
         if jobs()[number]["cancelled"]:
             return end(process)
         if time.monotonic() > ends:
@@ -132,6 +193,8 @@ def pbs_environment(number, job):
     nodefile = HERE / f"{number}.nodes"
     nodefile.write_text("".join(f"{host}\n" * job["ranks"] for host in job["hosts"]))
     names = {"PBS_JOBID": f"{number}.head", "PBS_NODEFILE": str(nodefile), "PBS_ENVIRONMENT": "PBS_BATCH"}
+    names |= {"PBS_JOBCOOKIE": str(HERE), "PBS_NODENUM": "0", "PBS_TASKNUM": "1", "PBS_MOMPORT": "15003"}
+    names |= {"NCPUS": str(job["cores"]), "OMP_NUM_THREADS": str(job["threads"])}
     return names | {"PBS_O_WORKDIR": job["directory"], "PBS_JOBNAME": job["name"]}, os.path.expanduser("~")
 
 
@@ -154,13 +217,17 @@ def directives(script, prefix):
 
 
 def qsub(words):
-    if len(words) != 1 or words[0].startswith("-"):
-        fail("usage: qsub [script]", 2)
+    given = []
+    while words and words[0].startswith("-"):
+        given.append(words[: 1 + (words[0] != "-V")])
+        words = words[len(given[-1]) :]
+    if len(words) != 1:
+        fail("usage: qsub [options] script", 2)
     if not os.path.isfile(words[0]):
         fail(f"qsub: script file:: No such file or directory: {words[0]}", 1)
     job = {"kind": "pbs", "name": "STDIN", "queue": RULES["queues"][0], "nodes": 1, "ranks": 1, "seconds": 3600}
-    job |= {"reason": "", "joined": False}
-    for key, *values in directives(words[0], "PBS"):
+    job |= {"reason": "", "joined": False, "cores": 1, "threads": 1, "output": None, "scatter": False}
+    for key, *values in [*directives(words[0], "PBS"), *given]:
         value = " ".join(values)
         if key == "-N":
             job["name"] = value
@@ -172,12 +239,21 @@ def qsub(words):
             pbs_resource(job, value)
         elif key == "-j" and value == "oe":
             job["joined"] = True
-        elif key not in ("-A", "-P", "-V", "-W"):
+        elif key == "-o":
+            job["output"] = value
+        elif key == "-V":
+            job["environment"] = {k: v for k, v in os.environ.items() if not k.startswith("STAND_IN")}
+        elif key not in ("-A", "-P", "-W"):
             fail(f"qsub: invalid option -- '{key.lstrip('-')}'", 2)
     if RULES["most_minutes"] and job["seconds"] > 60 * RULES["most_minutes"]:
         fail("qsub: Job violates queue and/or server resource limits", 188)
-    job["output"] = f"{os.getcwd()}/{job['name']}.oNUMBER"
-    print(f"{enqueue(job, words[0])}.head")
+    job["output"] = job["output"] or f"{os.getcwd()}/{job['name']}.oNUMBER"
+    number = enqueue(job, words[0])
+    print(f"{number}.head", flush=True)
+    if ["-W", "block=true"] in given:
+        while jobs()[number]["state"] != "F":
+            time.sleep(0.05)
+        sys.exit(jobs()[number]["exit"])
 
 
 def pbs_resource(job, value):
@@ -190,7 +266,8 @@ def pbs_resource(job, value):
         if unknown := set(given) - {"ncpus", "mpiprocs", "ompthreads"}:
             fail(f"qsub: Unknown resource Resource_List.{min(unknown)}", 187)
         job |= {"nodes": int(count), "ranks": int(given.get("mpiprocs", 1))}
-        cores = int(given.get("ncpus", 1))
+        cores = job["cores"] = int(given.get("ncpus", 1))
+        job["threads"] = int(given.get("ompthreads", cores))
         if cores > RULES["cores"]:
             wanted, all_of_them = cores * int(count), RULES["nodes"] * RULES["cores"]
             job["reason"] = f"Can Never Run: Insufficient amount of resource: ncpus (R: {wanted} A: {all_of_them} T: 0)"
@@ -199,7 +276,9 @@ def pbs_resource(job, value):
     elif key == "walltime":
         hours, minutes, seconds = map(int, text.split(":"))
         job["seconds"] = 3600 * hours + 60 * minutes + seconds
-    elif key != "place":
+    elif key == "place":
+        job["scatter"] = "scatter" in text.split(":")
+    else:
         fail(f"qsub: Unknown resource Resource_List.{key}", 187)
 
 
@@ -230,6 +309,8 @@ def qstat(words):
         host = f"/{0}*{job['ranks']}" if job["ranks"] > 1 else "/0"
         told |= {"exec_host": "+".join(each + host for each in job["hosts"]), "stime": time.ctime(job["started"])}
     elif not job["reason"]:
+        if RULES["on"]:
+            told["comment"] = "Not Running: Insufficient amount of resource: ncpus"
         told["estimated"] = {"start_time": time.ctime(job["submitted"] + 60)}
     if job["state"] == "F":
         told["substate"] = 91 if job["cancelled"] else 93 if job["exit"] else 92
@@ -247,12 +328,27 @@ def qdel(words):
 
 def qselect(words):
     options = dict(zip(words[::2], words[1::2], strict=True))
-    if set(options) - {"-u", "-s", "-q"}:
-        fail("usage: qselect [-u user] [-s states] [-q queue]", 2)
+    if set(options) - {"-u", "-s", "-q", "-N"}:
+        fail("usage: qselect [-u user] [-s states] [-q queue] [-N name]", 2)
     for number, job in jobs().items():
-        wanted = job["user"] == options["-u"] and job["state"] in options["-s"]
-        if wanted and options.get("-q", job["queue"]) == job["queue"]:
+        is_so = {"-u": job["user"], "-q": job["queue"], "-N": job["name"]}
+        wanted = all(options.get(key, value) == value for key, value in is_so.items())
+        if wanted and job["state"] in options.get("-s", "HQRW"):  # what has ended is history
             print(f"{number}.head")
+
+
+def pbs_tmrsh(words):
+    if missing := {"PBS_JOBID", "PBS_JOBCOOKIE", "PBS_NODENUM", "PBS_TASKNUM", "PBS_MOMPORT"} - set(os.environ):
+        fail(f"pbs_tmrsh: not within a job, which has {min(missing)}")
+    number, (host, *words) = int(os.environ["PBS_JOBID"].partition(".")[0]), words
+    if host not in jobs()[number]["hosts"]:
+        fail(f"pbs_tmrsh: {host} is no node of this job")
+    new = HERE / f"{number}.{os.uname().nodename}-{os.getpid()}.new"
+    new.write_text(json.dumps([host, *words]))
+    os.replace(new, new.with_suffix(".task"))
+    while not (done := new.with_suffix(".done")).exists():
+        time.sleep(0.05)
+    sys.exit(int(done.read_text()))
 
 
 # -- Slurm
@@ -325,6 +421,8 @@ def scancel(words):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
         run(int(sys.argv[2]))
+    elif sys.argv[1:] == ["--serve"]:
+        serve()
     else:
-        commands = (qsub, qstat, qdel, qselect, sbatch, scontrol, squeue, scancel)
+        commands = (qsub, qstat, qdel, qselect, pbs_tmrsh, sbatch, scontrol, squeue, scancel)
         {command.__name__: command for command in commands}[Path(sys.argv[0]).name](sys.argv[1:])

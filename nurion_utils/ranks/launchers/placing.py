@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shlex
 import socket
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TypedDict
 from nurion_utils import sites
 from nurion_utils._checks import number, positive, whole_number
 from nurion_utils.ranks.environment import rank_environment
+from nurion_utils.ranks.launchers import pbs, slurm
 from nurion_utils.ranks.launchers.allocation import Allocation
 from nurion_utils.ranks.launchers.remote import Batch, Request
 from nurion_utils.ranks.processes.agent import address_towards
@@ -32,7 +32,9 @@ def request(
     n: int, site: sites.Site, cores_per_rank: int | None, job: Allocation | None, wanted: Wanted, env: dict[str, str]
 ) -> Request:
     """Ranks on the nodes of `job`, in which this process runs, or of a new one; ValueError if that is not possible."""
-    scheduler = site.scheduler
+    kind, launcher = site.scheduler.kind, site.scheduler.launcher
+    if kind not in SCHEDULERS:
+        raise ValueError(f"site {site.name!r} has {kind}: ranks are started through {' or '.join(SCHEDULERS)}")
     most = len(job.nodes) if job else site.node.count if site.partitions else None
     nodes = whole_number(wanted.get("nodes", min(n, most or n)), "nodes", most=most)
     if n % nodes:
@@ -42,20 +44,22 @@ def request(
     if cores is None:
         cores = each * whole_number(cores_per_rank or 1, "cores_per_rank")
     share = whole_number(cores_per_rank or max(1, cores // each), "cores_per_rank", most=max(1, cores // each))
-    numbers = {"nodes": nodes, "ranks": n, "ranks_per_node": each, "cores_per_rank": share}
+    numbers = {"nodes": nodes, "ranks": n, "ranks_per_node": each, "cores_per_rank": share, "cores": cores}
+    launcher = launcher.format(**numbers)
     variables = rank_environment(share)
     del variables["UCX_TLS"]  # of one machine; on others MPI finds out best itself
     if job:
         known = {"nodes": job.nodes[:nodes], "address": address_towards(job.nodes[-1])}
-        launcher_env = {"PATH": _path(), **LAUNCHER_ENV[scheduler.kind](job, nodes, each)}
+        launcher, launcher_env = SCHEDULERS[kind].in_job(launcher, job, nodes, each)
     else:
-        known, launcher_env = {"address": _own_address(), "batch": _batch(site, numbers, wanted)}, {"PATH": _path()}
+        known = {"address": _own_address(), "batch": _batch(site, numbers, wanted)}
+        launcher_env = SCHEDULERS[kind].in_new_job(launcher)
     return Request(
         n=n,
         ranks_per_node=each,
         cores=job.cores if job else None,
-        launcher=scheduler.launcher.format(**numbers),
-        launcher_env=launcher_env,
+        launcher=launcher,
+        launcher_env={"PATH": _path(), **launcher_env},
         env={**variables, **env},
         **known,
     )
@@ -71,43 +75,41 @@ def _own_address() -> str:
     return address_towards("192.0.2.1") if address.startswith("127.") else address
 
 
-def _slurm_env(job: Allocation, nodes: int, each: int) -> dict[str, str]:
-    """What mpiexec and srun read of a job; a step, in which the notebook may run, has values of its own for some."""
-    names = ",".join(job.nodes[:nodes])
-    return {
-        **{"SLURM_JOB_ID": job.id, "SLURM_JOB_NODELIST": names, "SLURM_NODELIST": names, "SLURM_OVERLAP": "1"},
-        **{"SLURM_JOB_NUM_NODES": str(nodes), "SLURM_NNODES": str(nodes), "SLURM_TASKS_PER_NODE": f"{each}(x{nodes})"},
-    }
-
-
+SCHEDULERS = {"Slurm": slurm, "PBS Pro": pbs}
 # The launcher is held when all ranks are there: it would end them all when it loses a node.
 SCRIPT = """#!/bin/bash
-exec > {shared}/job.out 2>&1
+{exports}exec > {shared}/job.out 2>&1
 {launch} &
 echo "$(uname -n) $!" > {shared}/launcher
 wait
 """
-LAUNCHER_ENV = {"Slurm": _slurm_env}
 
 
 def _batch(site: sites.Site, numbers: dict[str, int], wanted: Wanted) -> Batch:
-    scheduler = site.scheduler
-    minutes, queue = number(wanted.get("minutes", 60), "minutes", above=0), wanted.get("queue", scheduler.job_queue)
+    scheduler = SCHEDULERS[site.scheduler.kind]
+    minutes = max(1, round(number(wanted.get("minutes", 60), "minutes", above=0)))
     wait_s = wanted.get("wait_s")
     if wait_s is not None:
         positive(wait_s, "wait_s")
-    name = f"nurion-{secrets.token_hex(4)}"
-    submit = [
-        *["sbatch", "--parsable", "--output=/dev/null", f"--job-name={name}", f"--nodes={numbers['nodes']}"],
-        *[f"--ntasks-per-node={numbers['ranks_per_node']}", f"--cpus-per-task={numbers['cores_per_rank']}"],
-        *[f"--time={max(1, round(minutes))}", *wanted.get("options", [])],
-        *([f"{scheduler.queue_option or '--partition'}={queue}"] if queue else []),
-    ]
+    name = f"nurion-{secrets.token_hex(4)}"  # 15 letters, the most that an older PBS takes
+    submit = scheduler.submission(site, name, numbers, minutes, wanted.get("queue", site.scheduler.job_queue))
     return Batch(
-        kind="slurm",
-        name=name,
-        submit=tuple(submit),
+        state=scheduler.state,
+        submit=(*submit, *_options(site, wanted.get("options", []))),
         script=SCRIPT,
-        cancel=f"timeout 10 scancel --jobname={shlex.quote(name)}",
+        cancel=scheduler.cancellation(name),
         wait_s=wait_s,
     )
+
+
+def _options(site: sites.Site, given: Sequence[str]) -> list[str]:
+    """Those that are given, after what the site wants beside them."""
+    words = []
+    for name, option in site.options.items():
+        if option.needed not in ("always", "usually") or any(word.startswith(name) for word in given):
+            continue
+        if option.usual is not None:
+            words += [f"{name}={option.usual}"] if name.startswith("--") else [name, *filter(None, [option.usual])]
+        elif option.needed == "always":
+            raise ValueError(f"jobs on {site.name!r} must have option {name}: give it in options")
+    return [*words, *given]

@@ -11,15 +11,16 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nurion_utils import schedulers
 from nurion_utils.ranks import failures
 from nurion_utils.ranks.environment import own_environment
 from nurion_utils.ranks.failures import RankError
 from nurion_utils.ranks.processes import Guarded, agent, controller
 from nurion_utils.ranks.processes.folders import on_all_nodes, write_whole
+from nurion_utils.schedulers import SchedulerError, State
 
 START_TIMEOUT_S = 120.0
 ASK_EVERY_S = 1.0
@@ -30,11 +31,10 @@ ENGINE = Path(__file__).parents[1] / "engine.py"
 class Batch:
     """How to get nodes: `submit` is the scheduler's command, which prints a job's number; `cancel` is a line of shell.
 
-    `kind` names the scheduler. After `wait_s` without nodes it is given up.
+    `state` says how the job of a number is doing. After `wait_s` without nodes it is given up.
     """
 
-    kind: str
-    name: str
+    state: Callable[[str], State]
     submit: tuple[str, ...]
     script: str
     cancel: str
@@ -74,6 +74,7 @@ class RemoteRanks:
         self._guarded = Guarded(resources, [], own_environment())
         resources.callback(self.end)
         self.directory = self._guarded.directory
+        self._job = ""  # its number, once it is in the queue
         self._told, self._asked_s, self._began_s = "", 0.0, time.monotonic()
         self._starting_s: float | None = None if request.batch else self._began_s
         self._deadline_s = START_TIMEOUT_S
@@ -83,13 +84,13 @@ class RemoteRanks:
         world["launcher"] = request.launcher
         write_whole(shared / "world.json", json.dumps(world).encode())
         os.mkfifo(self.directory / "commands", mode=0o600)
-        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in request.env.items())
         rank = shlex.join([sys.executable, "-P", str(ENGINE), "--of", str(shared)])
-        write_whole(shared / "rank.sh", f"#!/bin/sh\n{exports}exec {rank}\n".encode())
+        write_whole(shared / "rank.sh", f"#!/bin/sh\n{exports(request.env)}exec {rank}\n".encode())
         launch = f"{request.launcher} sh {shlex.quote(str(shared / 'rank.sh'))}"
         launcher, env = ["sh", "-c", f"exec {launch}"], {**own_environment(), **request.launcher_env}
         if batch := request.batch:
-            script = batch.script.format(launch=launch, shared=shlex.quote(str(shared)))
+            words = {"launch": launch, "shared": shlex.quote(str(shared)), "exports": exports(request.launcher_env)}
+            script = batch.script.format(**words)
             write_whole(shared / "job.sh", script.encode())
             launcher, farewell = [*batch.submit, str(shared / "job.sh")], f"{batch.cancel}; {farewell}"
         commands = {
@@ -147,6 +148,8 @@ class RemoteRanks:
         ended = [name for name in self.names[:-1] if (self.directory / f"{name}.status").exists()]
         if ended and len(ended) < self.n:
             time.sleep(0.2)  # the others may follow the first one, which is the one to be named
+        if ended:
+            self._note_end_of_job()
         return sorted(ended, key=lambda name: (self.directory / f"{name}.status").stat().st_mtime_ns)[:1] or (
             ["controller"] if self._guarded.has_ended("controller") else []
         )
@@ -174,6 +177,15 @@ class RemoteRanks:
         """How many ranks' agents have told that."""
         return len(list(self.directory.glob(f"rank*.{what}")))
 
+    def _note_end_of_job(self) -> None:
+        """Ranks may end because their job does."""
+        if self._job:
+            with contextlib.suppress(SchedulerError):
+                state = self._request.batch.state(self._job)
+                if state.ended:
+                    words = f"job {self._job} has ended ({' '.join(filter(None, [state.name, state.reason]))}): "
+                    write_whole(self.directory / failures.END_OF_JOB, words.encode())
+
     def _command(self, line: str) -> None:
         with contextlib.suppress(OSError):  # nobody listens: the mirror has ended
             fifo = os.open(self.directory / "commands", os.O_WRONLY | os.O_NONBLOCK)
@@ -194,7 +206,7 @@ class RemoteRanks:
         id = said.splitlines()[-1].partition(";")[0] if said else ""
         if not id or " " in id:
             raise RankError(f"{batch.submit[0]} refused the job: {said or 'it gave no number'}")
-        state = getattr(schedulers, batch.kind).state(id)
+        self._job, state = id, batch.state(id)
         if state.name == "running":
             self._starting_s = self._starting_s or time.monotonic()
         elif state.name == "never":
@@ -211,6 +223,11 @@ class RemoteRanks:
         if line != self._told and state.name == "waiting" and state.reason:
             print(line)
             self._told = line
+
+
+def exports(env: Mapping[str, str]) -> str:
+    """The variables of `env` in lines of shell."""
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
 
 
 MIRROR = "from nurion_utils.ranks.processes.agent import mirror; mirror()"
