@@ -132,6 +132,8 @@ class RemoteRanks:
             time.sleep(0.02)
         if self._request.batch:
             self._command("0 hold")
+            while not self._heard("held") and time.monotonic() < deadline:
+                time.sleep(0.02)
         else:
             launcher = json.loads((self.directory / "launcher.process").read_text())["pid"]
             os.kill(launcher, signal.SIGSTOP)
@@ -221,7 +223,7 @@ class RemoteRanks:
         starts = f", expected to start at {time.strftime('%d %b %H:%M', time.localtime(state.starts_at))}"
         line = f"job {id}: {state.name}{f' ({state.reason})' * bool(state.reason)}{starts * bool(state.starts_at)}"
         if line != self._told and state.name == "waiting" and state.reason:
-            print(line)
+            print(line, flush=True)
             self._told = line
 
 

@@ -154,7 +154,7 @@ def look_after(child: int, rank: int, shared: Path, world: dict[str, Any], where
                 return
             with contextlib.suppress(OSError):
                 if word == b"hold":
-                    _signal_launcher(shared, signal.SIGSTOP)
+                    tell(b"file", "held", _signal_launcher(shared, signal.SIGSTOP))
                 if word == b"ask":
                     _ask(own)
                 if word == b"signal" and not status:
@@ -182,12 +182,13 @@ def _tell_news(own: Path, told: dict[str, bytes], logged: int, tell: Callable[[b
     return logged
 
 
-def _signal_launcher(shared: Path, number: int) -> None:
+def _signal_launcher(shared: Path, number: int) -> bytes:
     """Of the launcher in a job's script, if that runs on this node: a held one does not end all ranks for one node."""
     with contextlib.suppress(OSError, ValueError):
         node, pid = (shared / "launcher").read_text().split()
         if node == os.uname().nodename:
             os.kill(int(pid), number)
+    return b"done"
 
 
 def _ask(own: Path) -> None:
