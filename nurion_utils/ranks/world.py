@@ -11,6 +11,7 @@ The ranks are ipyparallel engines started by ``mpiexec``, so ``%%px`` cells work
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import weakref
 from collections.abc import Callable
@@ -85,6 +86,11 @@ def start(
                 )
             mine = job if job and job.scheduler == there.scheduler.kind else None
             asked = placing.request(n, there, cores_per_rank, mine, wanted, env or {})
+            if asked.batch and shutil.which(submits := asked.batch.submit[0]) is None:
+                raise ValueError(
+                    f"{submits} is not found here: ranks of site {there.name!r} start from its login nodes, or in its "
+                    "jobs; without site= they start on this machine"
+                )
             return World(n, partial(RemoteRanks, asked), None)
         if wanted:
             raise ValueError(f"{next(iter(wanted))} is for ranks of a job: name its site, as site='slurm'")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nurion_utils import sites
+from nurion_utils import ranks, sites
 from nurion_utils.ranks.launchers.placing import request
 
 
@@ -50,3 +50,10 @@ def test_what_a_scheduler_would_refuse_is_refused_before(site, says):
 
 def test_a_comment_makes_neuron_content():
     assert "--comment=field=ai;appl=tf" in asked("neuron", 1, options=["--comment=field=ai;appl=tf"]).batch.submit
+
+
+@pytest.mark.parametrize(("site", "command"), [("slurm", "sbatch"), ("nurion", "qsub")])
+def test_away_from_the_site_it_is_said_where_ranks_start(monkeypatch, tmp_path, site, command):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=f"^{command} is not found here: ranks of site '{site}' start from its login"):
+        ranks.start(2, site=site)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -49,7 +50,7 @@ def request(
     variables = rank_environment(share)
     del variables["UCX_TLS"]  # of one machine; on others MPI finds out best itself
     if job:
-        known = {"nodes": job.nodes[:nodes], "address": address_towards(job.nodes[-1])}
+        known = {"address": address_towards(job.nodes[-1])}
         launcher, launcher_env = SCHEDULERS[kind].in_job(launcher, job, nodes, each)
     else:
         known = {"address": _own_address(), "batch": _batch(site, numbers, wanted)}
@@ -71,8 +72,10 @@ def _path() -> str:
 
 def _own_address() -> str:
     """Where others reach this machine: by its name, or on its way out where its name means only itself."""
-    address = socket.gethostbyname(socket.gethostname())
-    return address_towards("192.0.2.1") if address.startswith("127.") else address
+    with contextlib.suppress(OSError):
+        if not (address := socket.gethostbyname(socket.gethostname())).startswith("127."):
+            return address
+    return address_towards("192.0.2.1")
 
 
 SCHEDULERS = {"Slurm": slurm, "PBS Pro": pbs}

@@ -45,8 +45,7 @@ class Batch:
 class Request:
     """`n` ranks, `ranks_per_node` on each node, with `cores` of each node; `launcher` is the command that starts them.
 
-    `nodes` are their names, if they are known; `batch` is None inside a job. `address` is where the nodes reach this
-    machine.
+    `batch` is None inside a job. `address` is where the nodes reach this machine.
     """
 
     n: int
@@ -56,7 +55,6 @@ class Request:
     launcher_env: dict[str, str]
     env: dict[str, str]
     address: str
-    nodes: tuple[str, ...] = ()
     batch: Batch | None = None
 
 
@@ -77,7 +75,6 @@ class RemoteRanks:
         self._job = ""  # its number, once it is in the queue
         self._told, self._asked_s, self._began_s = "", 0.0, time.monotonic()
         self._starting_s: float | None = None if request.batch else self._began_s
-        self._deadline_s = START_TIMEOUT_S
         farewell = f"rm -rf {shlex.quote(str(shared))}"
         shared.mkdir(mode=0o700)
         world = {**agent.keys(), "n": self.n, "ranks_per_node": request.ranks_per_node, "cores": request.cores}
@@ -208,7 +205,11 @@ class RemoteRanks:
         id = said.splitlines()[-1].partition(";")[0] if said else ""
         if not id or " " in id:
             raise RankError(f"{batch.submit[0]} refused the job: {said or 'it gave no number'}")
-        self._job, state = id, batch.state(id)
+        self._job = id
+        try:
+            state = batch.state(id)
+        except SchedulerError:
+            return  # it does not answer now; the job is not lost
         if state.name == "running":
             self._starting_s = self._starting_s or time.monotonic()
         elif state.name == "never":

@@ -183,7 +183,7 @@ def _tell_news(own: Path, told: dict[str, bytes], logged: int, tell: Callable[[b
 
 
 def _signal_launcher(shared: Path, number: int) -> bytes:
-    """Of the launcher in a job's script, if that runs on this node: a held one does not end all ranks for one node."""
+    """Signal the launcher in a job's script, if it runs on this node: held, it does not end all ranks for one node."""
     with contextlib.suppress(OSError, ValueError):
         node, pid = (shared / "launcher").read_text().split()
         if node == os.uname().nodename:
