@@ -17,6 +17,7 @@ import pytest
 from helpers import PATIENCE_S
 from helpers.kernel import Notebook, child_environment
 
+from nurion_utils import ranks
 from nurion_utils.ranks.interrupts import no_interrupt_lost
 
 pytestmark = pytest.mark.ranks
@@ -326,3 +327,18 @@ def test_a_papermill_that_was_ended_leaves_nothing(traces: Traces, number: signa
     papermill.send_signal(number)
     papermill.wait(timeout=PATIENCE_S)
     traces.assert_gone()
+
+
+def test_what_mpi_left_of_killed_programs_is_swept_up_and_what_is_in_use_or_new_is_not() -> None:
+    names = [f"/dev/shm/mpich_shm_test{what}_0" for what in ("forgotten", "in_use", "new")]
+    for name in names:
+        Path(name).write_bytes(b"0")
+    try:
+        for name in names[:2]:
+            os.utime(name, (0, 0))
+        with open(names[1]):
+            ranks.start(1).stop()
+        assert [os.path.exists(name) for name in names] == [False, True, True]
+    finally:
+        for name in names:
+            Path(name).unlink(missing_ok=True)

@@ -81,6 +81,8 @@ class LocalRanks:
             raise RankError(f"the ranks could not be started\n{words}")
         if ended := sorted(file.stem for file in self.directory.glob("rank*.status")):
             raise RankError(f"the ranks did not start: {failures.ended(ended, self.directory)}")
+        if self._guarded.has_ended("mpiexec"):
+            raise RankError(f"the ranks did not start{failures.last_output(['mpiexec', *self.names], self.directory)}")
         if time.monotonic() > self._deadline_s:
             output = failures.last_output(self.names, self.directory)
             raise RankError(f"the ranks did not start within {START_TIMEOUT_S:.0f} s{output}")

@@ -154,7 +154,8 @@ def build(
         rules = BLOCKED.format(chain=chain, end=end, head=HEAD_ADDRESS, but=but)
         wall = f"nsenter --net=net sh -ec {shlex.quote(rules)}"
     script = OUTSIDE.format(hosts=shlex.join(hosts), on_node=shlex.quote(ON_NODE))
-    usual = [os.getcwd(), Path.home(), sys.prefix, sys.base_prefix, *filter(None, sys.path)]
+    own = Path(__file__).parents[3]  # an editable installation need not be in sys.path
+    usual = [os.getcwd(), Path.home(), sys.prefix, sys.base_prefix, own, *filter(None, sys.path)]
     paths = sorted({os.path.realpath(path) for path in [*usual, *shared]})
     each = [(shlex.quote(path), shlex.quote(path[1:])) for path in paths if path.startswith("/tmp/")]
     keep = "\n".join(f"mkdir -p {path}; mount --rbind {outside} {path}" for path, outside in each).replace("'", "'\\''")

@@ -24,6 +24,7 @@ from nurion_utils.schedulers import SchedulerError, State
 
 START_TIMEOUT_S = 120.0
 ASK_EVERY_S = 1.0
+JOB_ENDS_S = 5.0
 ENGINE = Path(__file__).parents[1] / "engine.py"
 
 
@@ -177,13 +178,16 @@ class RemoteRanks:
         return len(list(self.directory.glob(f"rank*.{what}")))
 
     def _note_end_of_job(self) -> None:
-        """Ranks may end because their job does."""
-        if self._job:
-            with contextlib.suppress(SchedulerError):
-                state = self._request.batch.state(self._job)
-                if state.ended:
-                    words = f"job {self._job} has ended ({' '.join(filter(None, [state.name, state.reason]))}): "
-                    write_whole(self.directory / failures.END_OF_JOB, words.encode())
+        """Ranks may end because their job does, of which a scheduler sometimes knows some seconds later."""
+        deadline = time.monotonic() + (JOB_ENDS_S if self._heard("status") == self.n else 0)
+        with contextlib.suppress(SchedulerError):
+            while self._job and not (state := self._request.batch.state(self._job)).ended:
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.2)
+            if self._job:
+                words = f"job {self._job} has ended ({' '.join(filter(None, [state.name, state.reason]))}): "
+                write_whole(self.directory / failures.END_OF_JOB, words.encode())
 
     def _command(self, line: str) -> None:
         with contextlib.suppress(OSError):  # nobody listens: the mirror has ended

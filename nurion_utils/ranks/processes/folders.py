@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 from nurion_utils.ranks.failures import RankError
+from nurion_utils.ranks.processes.guardian import remove, shared_memory_of
 
 FORGOTTEN_S = 3600.0  # a folder that is in use is touched every second
+STARTING_S = 300.0  # in which a program that others may start has opened what it needs
 
 
 def sweep() -> None:
@@ -22,6 +24,22 @@ def sweep() -> None:
                 with open(directory / "lock") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused as long as the owner lives
                     shutil.rmtree(directory)
+
+
+def sweep_segments() -> None:
+    """Remove what MPI left of killed programs: it would take it for its own where a process number comes again."""
+    now_s, folder = time.time(), Path("/dev/shm")
+    old = {file for file in folder.glob("mpich_shm_*") if _is_mine_and_older(file, now_s - STARTING_S)}
+    if old:
+        old -= {Path(name) for name in shared_memory_of([int(pid) for pid in os.listdir("/proc") if pid.isdigit()])}
+        remove(set(map(str, old)))
+
+
+def _is_mine_and_older(file: Path, than_s: float) -> bool:
+    with contextlib.suppress(OSError):
+        found = file.stat()
+        return found.st_uid == os.getuid() and found.st_mtime < than_s
+    return False
 
 
 def on_all_nodes() -> Path:

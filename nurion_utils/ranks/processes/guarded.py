@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nurion_utils.ranks.interrupts import close_for
-from nurion_utils.ranks.processes.folders import sweep
+from nurion_utils.ranks.processes.folders import sweep, sweep_segments
 
 GUARDIAN = Path(__file__).with_name("guardian.py")
 
@@ -27,6 +27,7 @@ class Guarded:
 
     def __init__(self, resources: contextlib.ExitStack, around: Sequence[str], env: Mapping[str, str]) -> None:
         sweep()
+        sweep_segments()
         self.process: subprocess.Popen | None = None
         self._resources = resources
         # An interrupt may come between any two lines: what must be undone is noted down before it is done.
