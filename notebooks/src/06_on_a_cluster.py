@@ -110,7 +110,9 @@ with ranks.start(%d, site="slurm", minutes=5) as world:
 def run_program(program: str) -> str:
     if cluster is None:
         return recorded["ranks.start"]
-    return cluster.run([sys.executable, "-c", program], timeout=120).stdout.rstrip()
+    ran = cluster.run([sys.executable, "-c", program], timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.rstrip()
 
 
 in_a_job = run_program(PROGRAM % n_nodes)
@@ -224,7 +226,7 @@ print(
 print(f"half precision saves {single_ms - half_ms:.0f} ms, {(single_ms - half_ms) / single_ms:.0%} of the step")
 median_ms.to_frame().style.format("{:.1f}")
 
-# %% alt="Three groups of points, the time of one training step on four nodes: alone about ten milliseconds, in single precision above the dashed line of computing plus link, in half precision above its own, lower line, with half the bytes."
+# %% alt="Three groups of points, the time of one training step on four nodes: in single precision above the dashed line of computing plus link, in half precision above its own, lower line, with half the bytes, and alone, without any bytes, lowest."
 import matplotlib.pyplot as plt
 
 from nurion_utils import style
@@ -245,7 +247,7 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# The dashes add what you predicted to the measured time of *alone*. The points lie above: a bound is not a forecast. Start-up times of messages, Horovod's agreement on which tensors are ready (*negotiation*) and processes that take turns on few cores are candidates; part of the excess shrinks with the bytes, so half precision can save more than half of the bound. Most of such a step is communication. That says little about another network:
+# The dashes add what you predicted to the measured time of *alone*. The points lie above: a bound is not a forecast. Start-up times of messages, Horovod's agreement on which tensors are ready (*negotiation*) and processes that take turns on few cores are candidates, which this measurement cannot tell apart. How much of the step half precision saved is printed above; it says little about another network:
 
 # %%
 from nurion_utils import sites

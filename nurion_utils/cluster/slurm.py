@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from nurion_utils._checks import one_of
 from nurion_utils.ranks.launchers import nodes as virtual
 from nurion_utils.ranks.processes import Guarded
 
@@ -90,17 +91,9 @@ class Cluster(contextlib.AbstractContextManager):
     blocked
         "to head" or "from head": the direction in which no connection between head and nodes can be opened, but
         those of Slurm.
-    shared
-        Further folders below /tmp that all nodes see; what is not below /tmp or /dev/shm they see anyway.
     """
 
-    def __init__(
-        self,
-        nodes: int = 4,
-        rate_mbit: float | None = None,
-        blocked: str | None = None,
-        shared: Sequence[str | Path] = (),
-    ) -> None:
+    def __init__(self, nodes: int = 4, rate_mbit: float | None = None, blocked: str | None = None) -> None:
         self.nodes = virtual.names(nodes)
         self._resources = contextlib.ExitStack()
         env = virtual.environment()
@@ -111,15 +104,14 @@ class Cluster(contextlib.AbstractContextManager):
         self.directory = self._guarded.directory
         self.environment = {**env, **virtual.NETWORK, "SLURM_CONF": str(self.directory / "slurm.conf")}
         try:
-            self._begin(rate_mbit, blocked, shared)
+            self._begin(rate_mbit, blocked)
         except BaseException:
             self.close()
             raise
 
     def command(self, command: Sequence[str], on: str = "head") -> list[str]:
         """The command that runs `command` on a node or the head, in the folder that is the current one here."""
-        if on not in ("head", *self.nodes):
-            raise ValueError(f"on must be one of 'head', {', '.join(map(repr, self.nodes))}, not {on!r}")
+        one_of(on, "on", ["head", *self.nodes])
         enter = ["nsenter", "-t", str(self._head), *self._user, "--mount", "--net", "--ipc", "--uts", "--pid"]
         there = [] if on == "head" else [f"{virtual.SHM}/on", on]
         return [*enter, *there, "sh", "-c", 'cd "$0" && exec "$@"', os.getcwd(), *command]
@@ -131,8 +123,7 @@ class Cluster(contextlib.AbstractContextManager):
 
     def unplug(self, node: str) -> None:
         """Have a node vanish, with all that runs on it, as if its power had failed."""
-        if node not in self.nodes:
-            raise ValueError(f"node must be one of {', '.join(map(repr, self.nodes))}, not {node!r}")
+        one_of(node, "node", self.nodes)
         self.run(["sh", "-c", f"kill -9 $(cat {virtual.SHM}/{node}/first)"])
 
     def close(self) -> None:
@@ -142,13 +133,13 @@ class Cluster(contextlib.AbstractContextManager):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _begin(self, rate_mbit: float | None, blocked: str | None, shared: Sequence[str | Path]) -> None:
+    def _begin(self, rate_mbit: float | None, blocked: str | None) -> None:
         memory_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 // len(self.nodes)
         head, address = virtual.HEAD, virtual.HEAD_ADDRESS
         where = {"directory": self.directory, "head": head, "address": address, "count": len(self.nodes)}
         configuration = CONFIGURATION.format(cores=CORES_PER_NODE, memory_mb=memory_mb, **where)
         Path(self.environment["SLURM_CONF"]).write_text(configuration)
-        build = virtual.build(len(self.nodes), rate_mbit, [self.directory, *shared], blocked, PORTS)
+        build = virtual.build(len(self.nodes), rate_mbit, [self.directory], blocked, PORTS)
         build += MUNGE.format(directory=self.directory)
         daemons = {"slurmctld": ["slurmctld", "-D"]}
         daemons |= {node: [f"{virtual.SHM}/on", node, "slurmd", "-D", "-N", node] for node in self.nodes}

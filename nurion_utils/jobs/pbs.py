@@ -16,7 +16,11 @@ def header(job: Job) -> list[Line]:
     shape = f"{job.nodes}:ncpus={cores}:mpiprocs={each}:ompthreads={threads}"
     lines = [Line(f"#PBS -N {job.name}", "its name in the queue")]
     lines += [Line(f"#PBS -q {job.queue}", "the queue")] if job.queue else []
-    lines += [Line(f"#PBS -l select={shape}", f"{job.nodes} nodes with {each} ranks of {threads} cores each")]
+    lines += [
+        Line(
+            f"#PBS -l select={shape}", f"{job.nodes} nodes, on each {each} rank{'s' * (each > 1)} with {threads} cores"
+        )
+    ]
     lines += [] if whole else [Line("#PBS -l place=scatter", "or some of these could lie on one node", "qsub(1B)")]
     lines += [Line(f"#PBS -l walltime={job.clock}", "then it is ended")]
     return [*lines, Line("#PBS -j oe", f"one log for all, {job.name}.o with the job's number", "qsub(1B)")]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers import PATIENCE_S
 from helpers.clusters import (
@@ -284,3 +285,34 @@ with ranks.start(4, site="slurm") as world:
     ports, files, answers = json.loads(ran.stdout)
     assert ports > 5 and files == [] and answers == [], ran.stderr
     assert answer(process) == FOUR  # and nobody disturbed them
+
+
+SHELL = [sys.executable, "-m", "nurion_utils.cluster", "--nodes", "2"]
+
+
+def test_a_command_on_a_little_cluster_of_its_own_leaves_nothing(tmp_path: Path) -> None:
+    ran = subprocess.run([*SHELL, "sinfo"], env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True)
+    if ran.returncode == 2:
+        pytest.skip(ran.stderr)
+    assert ran.returncode == 0 and re.search(r"main\* .* 2 +idle n\[1-2\]", ran.stdout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shell_that_is_killed_takes_its_cluster_along(cluster: Cluster, tmp_path: Path) -> None:
+    marked = {**os.environ, "TMPDIR": str(tmp_path), "NURION_TEST": str(tmp_path)}
+    shell = subprocess.Popen([*SHELL, "sh", "-c", "echo up; sleep 1000"], env=marked, stdout=subprocess.PIPE, text=True)
+    assert shell.stdout.readline() == "up\n" and processes_with(tmp_path) > 5
+    shell.kill()
+    shell.wait()
+    deadline = time.monotonic() + PATIENCE_S
+    while (processes_with(tmp_path) or [*tmp_path.iterdir()]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_with(tmp_path) == 0 and list(tmp_path.iterdir()) == []
+
+
+def processes_with(mark: Path) -> int:
+    found = 0
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            found += process.environ().get("NURION_TEST") == str(mark) and process.status() != psutil.STATUS_ZOMBIE
+    return found
