@@ -138,8 +138,8 @@ def copy_share(
             writer = stack.enter_context(contextlib.closing(Writer(destination)))
         except OSError as error:  # not even a journal
             return {file.path: f"not begun: {error.filename!r}: {error.strerror}" for file in files}
-        ahead = stack.enter_context(contextlib.closing(_ahead(folder, files)))
-        for i, (file, descriptor) in enumerate(ahead, 1):
+        opening = stack.enter_context(contextlib.closing(ahead(folder, files)))
+        for i, (file, descriptor) in enumerate(opening, 1):
             try:
                 _copy(descriptor, writer, file, buffer, tell)
             except (OSError, Changed) as error:
@@ -151,7 +151,7 @@ def copy_share(
     return writer.failures
 
 
-def _ahead(folder: int, files: Iterable[File]) -> Iterator[tuple[File, int | OSError]]:
+def ahead(folder: int, files: Iterable[File]) -> Iterator[tuple[File, int | OSError]]:
     """Each file with its descriptor, for the caller to close, or with what kept it from opening.
 
     The data of small files after it are on their way meanwhile: a disk or a server that is asked for many pieces at
@@ -163,7 +163,7 @@ def _ahead(folder: int, files: Iterable[File]) -> Iterator[tuple[File, int | OSE
             try:
                 descriptor = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
                 if file.size <= BUFFER_BYTES:
-                    _advise(descriptor, file.size, os.POSIX_FADV_WILLNEED)
+                    advise(descriptor, file.size, os.POSIX_FADV_WILLNEED)
                 window.append((file, descriptor))
             except OSError as error:
                 window.append((file, error))
@@ -188,7 +188,7 @@ def _copy(source: int | OSError, writer: Writer, file: File, buffer: memoryview,
                 done += length
                 if file.size > BUFFER_BYTES:
                     # Not read again here: what it takes of memory is the next block's, not other data's nor the copy's.
-                    _advise(source, done, os.POSIX_FADV_DONTNEED)
+                    advise(source, done, os.POSIX_FADV_DONTNEED)
                 tell(length)
                 if done >= file.size:  # whether it has grown is seen without reading on
                     break
@@ -228,7 +228,7 @@ def _damaged(
         try:
             with opened(path, os.O_NOFOLLOW) as descriptor:
                 # from the device where the page cache can be dropped, or memory would be read
-                _advise(descriptor, 0, os.POSIX_FADV_DONTNEED)
+                advise(descriptor, 0, os.POSIX_FADV_DONTNEED)
                 hasher = xxhash.xxh3_128()
                 while length := os.readv(descriptor, [buffer]):
                     hasher.update(buffer[:length])
@@ -267,7 +267,7 @@ def opened(path: str, flags: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _advise(descriptor: int, length: int, advice: int) -> None:
+def advise(descriptor: int, length: int, advice: int) -> None:
     with contextlib.suppress(OSError):  # a file system need not take it
         os.posix_fadvise(descriptor, 0, length, advice)
 

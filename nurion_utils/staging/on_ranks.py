@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,13 +17,24 @@ import xxhash
 
 from nurion_utils.ranks import meter
 from nurion_utils.staging import session
-from nurion_utils.staging.copying import Changed, Writer, copy_share, lock, opened, require_unchanged, verify_share
+from nurion_utils.staging.copying import (
+    BUFFER_BYTES,
+    Changed,
+    Writer,
+    advise,
+    ahead,
+    copy_share,
+    lock,
+    opened,
+    require_unchanged,
+    verify_share,
+)
 from nurion_utils.staging.plans import StageError, StagePlan, refused
 from nurion_utils.staging.preflight import prepare
 
 T = TypeVar("T")
 
-BLOCK_BYTES, BLOCK_FILES = 8 << 20, 256  # what goes round the ring at once
+BLOCK_BYTES, BLOCK_FILES = 2 << 20, 256  # what goes round the ring at once
 # Of each piece: which file of the plan, how many bytes, and with the last ones the file's hash, or what went wrong
 Block = list[tuple[int, int, str | Exception | None]]
 
@@ -32,11 +44,11 @@ def stage_on_ranks(ranks: Any, source: str, destination: str, replicate: bool, v
     from nurion_utils.ranks import RankError, World
 
     if isinstance(ranks, World):
-        prepare(source, destination.replace("{rank}", "0"), ranks.n, replicate)  # refused before ranks are asked
+        hosts = ranks.run(socket.gethostname) if replicate else []
         try:
             result = ranks.run(_on_rank, None, source, destination, replicate, verify)[0]
         except RankError as error:
-            raise _lost(str(error), source, destination, ranks.n if replicate else 0) from None
+            raise _lost(str(error).splitlines()[0], source, destination, hosts) from None
     else:
         result = _on_rank(ranks, source, destination, replicate, verify)
     if isinstance(result, StageError):
@@ -44,16 +56,23 @@ def stage_on_ranks(ranks: Any, source: str, destination: str, replicate: bool, v
     return result
 
 
-def _lost(error: str, source: str, destination: str, copies: int) -> StageError:
-    """What to say of ranks that were lost: the files that are missing now."""
+def _lost(error: str, source: str, destination: str, hosts: list[str]) -> StageError:
+    """What to say of ranks that were lost: the files that are missing now, where they can be seen from here.
+
+    `hosts` are those of ranks with destinations of their own.
+    """
+    again = "restart the ranks, and a further run copies only what is missing"
+    if set(hosts) - {socket.gethostname()}:
+        failures = dict.fromkeys(sorted(hosts), f"not known to have all of {destination!r}")
+        whole = "what a node has there by now is whole, and which files it lacks cannot be seen from here"
+        return StageError(f"{error}; {whole}; {again}", failures)
     failures = {}
-    for place in [destination.replace("{rank}", str(rank)) for rank in range(copies)] or [destination]:
+    for place in [destination.replace("{rank}", str(rank)) for rank in range(len(hosts))] or [destination]:
         for file in prepare(source, place, 1, False).plan.files:
-            failures[f"{place}: {file.path}" if copies > 1 else file.path] = "not staged when the ranks were lost"
+            failures[f"{place}: {file.path}" if len(hosts) > 1 else file.path] = "not staged when the ranks were lost"
     first = next(iter(failures), "none")
     return StageError(
-        f"{error.splitlines()[0]}; {len(failures):,} files were not staged (the first: {first!r}), all others are in "
-        "place; restart the ranks, and a further run copies only what is missing",
+        f"{error}; {len(failures):,} files were not staged (the first: {first!r}), all others are in place; {again}",
         failures or {"the manifest": "not written"},
     )
 
@@ -132,16 +151,22 @@ def _pass_on(comm: Any, plan: StagePlan) -> dict[str, str]:
     plan = dataclasses.replace(plan, files=files, staged=())
 
     tell = meter(plan.bytes, "staging", "B")
-    receiver = _together(comm, True, _Receiver, plan, mine)
-    buffers = [np.empty(BLOCK_BYTES, np.uint8) for _ in range(2)]
+    buffers = [np.empty(BLOCK_BYTES, np.uint8) for _ in range(3)]  # to send from, to receive into, to read into
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-    with contextlib.closing(receiver), contextlib.closing(_read(plan, comm.rank, buffers)) as blocks:
-        while any(comm.allgather(bool(block := next(blocks, [])))):
+    with contextlib.ExitStack() as stack:
+        receiver = _together(comm, True, lambda: stack.enter_context(contextlib.closing(_Receiver(plan, mine))))
+        folder = _together(comm, True, stack.enter_context, opened(plan.source, os.O_DIRECTORY))
+        blocks = stack.enter_context(contextlib.closing(_read(plan, folder, comm.rank, buffers)))
+        reader = stack.enter_context(ThreadPoolExecutor(1))  # for the source and the links to be busy at once
+        coming = reader.submit(next, blocks, [])
+        while any(comm.allgather(bool(block := coming.result()))):
+            buffers.insert(0, buffers.pop())
+            coming = reader.submit(next, blocks, [])
             for step in range(comm.size):
                 if step:
                     sent, block = block, comm.sendrecv(block, right, source=left)
                     comm.Sendrecv(buffers[0][: _bytes(sent)], right, recvbuf=buffers[1][: _bytes(block)], source=left)
-                    buffers.reverse()
+                    buffers[:2] = buffers[1::-1]
                 receiver.take(block, buffers[0])
                 tell(_bytes(block))
     return receiver.writer.failures
@@ -151,26 +176,36 @@ def _bytes(block: Block) -> int:
     return sum(length for _, length, _ in block)
 
 
-def _read(plan: StagePlan, rank: int, buffers: list[np.ndarray]) -> Iterator[Block]:
-    """Blocks of the files that this rank reads, small ones together, long ones in parts; their data in `buffers[0]`."""
-    block, view = [], memoryview(buffers[0])
-    for i in plan.share(rank):
-        file, hasher, done, end = plan.files[i], xxhash.xxh3_128(), 0, None
-        try:
-            with opened(os.path.join(plan.source, file.path), os.O_NOFOLLOW | os.O_NONBLOCK) as descriptor:
+def _read(plan: StagePlan, folder: int, rank: int, buffers: list[np.ndarray]) -> Iterator[Block]:
+    """Blocks of the files that this rank reads, small ones together, long ones in parts; their data in the last buffer.
+
+    The folder is that of the source, opened.
+    """
+    block, view, share = [], memoryview(buffers[-1]), plan.share(rank)
+    with contextlib.closing(ahead(folder, [plan.files[i] for i in share])) as files:
+        for i, (file, descriptor) in zip(share, files, strict=True):
+            hasher, done, end = xxhash.xxh3_128(), 0, None
+            try:
+                if isinstance(descriptor, OSError):
+                    raise descriptor
                 while end is None:
                     if not view or len(block) == BLOCK_FILES:
                         yield block
-                        block, view = [], memoryview(buffers[0])
+                        block, view = [], memoryview(buffers[-1])
                     length = os.readv(descriptor, [view])
                     hasher.update(view[:length])
                     done, view = done + length, view[length:]
+                    if file.size > BUFFER_BYTES:  # as in `copying`
+                        advise(descriptor, done, os.POSIX_FADV_DONTNEED)
                     if not length or done >= file.size:
                         require_unchanged(descriptor, file, done)
                         end = hasher.hexdigest()
                     block.append((i, length, end))
-        except (OSError, Changed) as error:
-            block.append((i, 0, error))
+            except (OSError, Changed) as error:
+                block.append((i, 0, error))
+            finally:
+                if isinstance(descriptor, int):
+                    os.close(descriptor)
     yield block
 
 

@@ -144,15 +144,31 @@ class RemoteRanks:
             )
 
     def dead(self) -> list[str]:
-        """Names of the processes that have ended."""
-        ended = [name for name in self.names[:-1] if (self.directory / f"{name}.status").exists()]
+        """Names of the processes that have ended; that of a node that is lost, if it is why others ended."""
+        ended = self._ended()
         if ended and len(ended) < self.n:
             time.sleep(0.2)  # the others may follow the first one, which is the one to be named
+            self._hear_of_all()
+            ended = self._ended()
         if ended:
             self._note_end_of_job()
-        return sorted(ended, key=lambda name: (self.directory / f"{name}.status").stat().st_mtime_ns)[:1] or (
-            ["controller"] if self._guarded.has_ended("controller") else []
-        )
+        return ended[:1] or (["controller"] if self._guarded.has_ended("controller") else [])
+
+    def _ended(self) -> list[str]:
+        """The ranks that have ended, those that were lost first, then in that order."""
+        status = {name: self.directory / f"{name}.status" for name in self.names[:-1]}
+        ended = [name for name, path in status.items() if path.exists()]
+        return sorted(ended, key=lambda name: (status[name].read_text() != failures.LOST, status[name].stat().st_mtime))
+
+    def _hear_of_all(self) -> None:
+        """Wait until each rank has ended or is heard of once more: those who lose a partner end before it is missed."""
+        since_s, deadline = time.time(), time.monotonic() + agent.SILENCE_S + agent.BEAT_S
+        silent = {self.directory / name for name in self.names[:-1]}
+        with contextlib.suppress(FileNotFoundError):  # we are being stopped
+            while silent and time.monotonic() < deadline:
+                time.sleep(agent.TICK_S)
+                silent -= {name for name in silent if name.with_suffix(".status").exists()}
+                silent -= {name for name in silent if name.with_suffix(".node").stat().st_mtime > since_s}
 
     def signal(self, rank: int, number: signal.Signals) -> None:
         self._command(f"{rank} signal {int(number)}")
