@@ -640,7 +640,7 @@ for path in ("/scratch_ime/you/imagenet", directory / "my-buffer" / "imagenet"):
         print("-", guarded[-1])
 
 # %% [markdown]
-# Other machines make a burst buffer for a job and copy into it before it starts: the same job with `site="cori"` has the directives of a Cray DataWarp, with `site="elcapitan"` those of a Rabbit. For a plain disk in each node, `stage(..., replicate=True)` inside the job does it, or `mpiexec -n 4 python -m nurion_utils.staging --replicate SRC DST/{rank}`.
+# Other machines make a burst buffer for a job and copy into it before it starts: the same job with `site="cori"` has the directives of a Cray DataWarp, with `site="elcapitan"` those of a Rabbit. For a plain disk in each node, `stage(..., world, replicate=True)` inside the job does it, or `mpiexec -n 4 -ppn 1 python -m nurion_utils.staging --replicate SRC DST`: each file is read once, all nodes have the same in the end, and when a node is lost, what the others have on their disks stays there for the next run. (Ranks that share a node need places of their own: write `DST/{rank}`.)
 #
 # ## Exercises
 #

@@ -24,6 +24,7 @@ import collective  # noqa: E402
 import groups  # noqa: E402
 import imports  # noqa: E402
 import staging  # noqa: E402
+import staging_nodes  # noqa: E402
 from run import ROWS, Row, summarise, table  # noqa: E402
 
 TINY = {"size": 8, "batch": 1, "block_s": 0.02}
@@ -131,6 +132,18 @@ def test_copies_are_timed_in_turn_and_removed(cold: bool, tmp_path: Path):
     assert times.loc["fastest", "time_s"] == times.loc[["cp", "rsync", "tar"], "time_s"].min() > 0
     assert cold or (times["resident"] == 1).all()  # a cold cache is not in every file system's power
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.lab
+@pytest.mark.ranks
+@pytest.mark.skipif(
+    not all(map(shutil.which, [*staging_nodes.PACKAGES, "sbcast"])), reason="sshfs, rsync or Slurm is not installed"
+)
+def test_four_nodes_get_all_files_in_each_way(permitted: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(blocks, "MAX_ATTEMPTS", 1)
+    times = staging_nodes.measure(n_files=5, size_bytes=5000, rate_mbit=200, pairs=1)
+    assert times["contender"].tolist() == ["nurion_utils", "everyone", "sbcast", "rsync"]
+    assert (times["time_s"] > 0).all()
 
 
 @pytest.mark.tensorflow

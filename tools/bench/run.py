@@ -91,6 +91,11 @@ ROWS += [
     )
     for cache in ("cold", "warm")
     for peer, bar in bars.items()
+] + [
+    Row(f"stage_nodes_{peer}", f"staging 64 files of 1 MiB to 4 nodes from behind one link of 200 Mbit/s, {how}",
+        "staging_nodes", "nurion_utils", peer, "speed", 2.0,
+        {"n_files": 64, "size_bytes": 1 << 20, "rate_mbit": 200})
+    for peer, how in (("everyone", "against cp on each"), ("sbcast", "against sbcast"), ("rsync", "against rsync"))
 ]  # fmt: skip
 
 ROWS += [
