@@ -8,6 +8,7 @@ import functools
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ from nurion_utils.staging.copying import (
     require_unchanged,
     verify_share,
 )
-from nurion_utils.staging.plans import StageError, StagePlan, refused
+from nurion_utils.staging.plans import RECORDS, StageError, StagePlan, refused
 from nurion_utils.staging.preflight import prepare
 
 T = TypeVar("T")
@@ -98,6 +99,8 @@ def _on_rank(comm: Any, source: str, destination: str, replicate: bool, verify: 
         plan, mended_files = job.plan, 0
         with contextlib.ExitStack() as stack:
             together(stack.enter_context, session.begin(job) if leads else contextlib.nullcontext())
+            if not replicate:
+                _require_shared(comm, plan.destination, hosts)
             together(stack.enter_context, lock(plan.destination, first=False))
             if replicate:
                 failures = _pass_on(comm, plan)
@@ -117,6 +120,20 @@ def _on_rank(comm: Any, source: str, destination: str, replicate: bool, verify: 
             return comm.bcast(session.report(plan, began, verify, mended_files))
     except StageError as error:  # the same on all ranks
         return error
+
+
+def _require_shared(comm: Any, destination: str, hosts: list[str]) -> None:
+    """Refuse a destination that is not one place for all ranks, as the disk in each node is not."""
+    mark = comm.bcast(os.path.join(destination, RECORDS, f"seen-{uuid.uuid4().hex}"))
+    _together(comm, False, lambda: comm.rank or open(mark, "x").close())
+    seen = comm.allgather(os.path.exists(mark))
+    _together(comm, False, lambda: comm.rank or os.unlink(mark))
+    if not all(seen):
+        rank = seen.index(False)
+        raise StageError(
+            f"rank {rank} on {hosts[rank]} does not see {destination!r} of rank 0; choose a folder that all nodes "
+            "share, or replicate, for disks of their own"
+        )
 
 
 def _together(comm: Any, replicate: bool, function: Callable[..., T], *args: Any) -> T:

@@ -137,3 +137,19 @@ def test_when_a_node_is_lost_the_others_go_on_with_a_new_one(cluster: Cluster, s
     answer(stage(["n1", "n2", "n4"]))
     for node in ("n1", "n2", "n4"):
         assert checksums(cluster, node) == truth
+
+
+def test_disks_of_the_nodes_are_not_taken_for_a_shared_one(cluster: Cluster) -> None:
+    code = """
+from nurion_utils import staging
+with ranks.start(2) as world:
+    staging.stage(*sys.argv[1:], world, replicate=True)
+    try:
+        staging.stage(*sys.argv[1:], world)
+    except staging.StageError as error:
+        say(str(error))
+"""
+    command = ["salloc", "--quiet", "--nodes=2", "--time=5", sys.executable, "-c", BEGIN + code]
+    with notebooks(cluster) as start:
+        message = answer(start([*command, str(cluster.directory / "empty"), str(copy(cluster))]))
+    assert message.startswith(f"rank 1 on n2 does not see {str(copy(cluster))!r} of rank 0; choose a folder that all")
