@@ -69,7 +69,7 @@ def stage(
     ------
     StageError
         Refused, and then nothing was touched; or some files could not be staged, each named in ``failures``, and
-        all others are in place.
+        all others are in place.  Of disks in nodes that were lost, or whose ranks were, ``failures`` names the nodes.
     """
     source, destination = os.fspath(source), os.fspath(destination)
     if ranks is None and replicate:
