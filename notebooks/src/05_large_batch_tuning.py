@@ -20,9 +20,12 @@ live_batches: list = [512, 2048]  # batches that are trained here; [512, 1024, 2
 search_batch: int = 8192  # where the rules fail; 4096 takes as long
 search_trials: int = 16  # trainings of the search, 2 seeds each; 60 take 2 minutes more and find a little more
 noise_epochs: int = 3  # of the training in which the noise scale is measured; 10 narrow its error
+records: str = ""  # a folder that keeps trainings of sweeps and search: run again, the notebook does not repeat them
 full: bool = False  # True: ten seeds, five batches, 60 trials, 10 epochs; an estimated 6 minutes on 2 cores
 
 # %%
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -32,6 +35,7 @@ from nurion_utils.large_batch import DigitsTask, Recipe, draw, experiment, sweep
 
 if full:
     n_seeds, live_batches, search_trials, noise_epochs = 10, [512, 1024, 2048, 4096, 8192], 60, 10
+sweeps, trials = (Path(records, name) if records else None for name in ("sweeps", "trials"))
 style.use()
 world = ranks.start(n_ranks)
 nurion = sites.load("nurion")
@@ -79,7 +83,7 @@ base
 # `sweep` trains recipes with several seeds, spread over the ranks. A small network leaves a core idle most of the time, so each rank trains up to eight at once, side by side in one compiled step; each gives the same result as Keras' `fit` with the same seed.
 
 # %%
-base_runs = sweep({"base": base}, range(n_seeds), world, task)
+base_runs = sweep({"base": base}, range(n_seeds), world, task, sweeps)
 base_error = base_runs["test_error"].mean()
 print(f"batch 32: test error {base_error:.1f} %, {base_runs['steps'].iloc[0]:,} steps")
 base_runs[["seed", "test_error", "validation_error", "time_s"]].round(2)
@@ -92,7 +96,7 @@ base_runs[["seed", "test_error", "validation_error", "time_s"]].round(2)
 # %%
 rules = {(name, batch): recipe for batch in live_batches for name, recipe in experiment.by_rule(batch).items()}
 
-live = sweep(rules, range(n_seeds), world, task)
+live = sweep(rules, range(n_seeds), world, task, sweeps)
 live["method"] = [name for name, _ in live["name"]]
 live.loc[live["method"] == "fixed", ["batch", "seed", "test_error", "steps"]].round(2)
 
@@ -381,8 +385,8 @@ space = {
     "optimizer": ["sgd", "lars"],
 }
 start = Recipe(search_batch, base_batch=search_batch, warmup_from=0.0)
-study = large_batch.search(start, space, world, search_trials, task=task)
-ruled = sweep({"linear, warm-up": experiment.by_rule(search_batch)["linear, warm-up"]}, range(2), world, task)
+study = large_batch.search(start, space, world, search_trials, task=task, path=trials)
+ruled = sweep({"linear, warm-up": experiment.by_rule(search_batch)["linear, warm-up"]}, range(2), world, task, sweeps)
 print(
     f"batch {search_batch}: linear rule with warm-up {ruled['validation_error'].mean():.1f} %, best of the search {study['validation_error'].iloc[0]:.1f} %"
 )

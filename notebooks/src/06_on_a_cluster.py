@@ -360,12 +360,20 @@ print("same weights as undisturbed training, bit for bit:", resumed[1] == undist
 # %%
 from nurion_utils import jobs
 
-job = jobs.Job("python train.py", "nurion", nodes=16, hours=4, python="/scratch/me/venv/bin/python")
+job = jobs.Job("python train.py", "nurion", nodes=16, hours=4, python="/scratch/me/venv/bin/python", requeue=True)
 print(jobs.explain(job).split("\n\n")[0])
 print("\n...\n", jobs.script(job).splitlines()[-2])
 
 # %% [markdown]
 # `python` is that of an environment *there*, which you have set up with the site's MPI. Between head and command the script loads the site's modules, sets the clock, and sees to it that the log ends with what the job cost in node-hours, nodes times hours; `print(jobs.script(job))` shows it all.
+#
+# `requeue=True` has the job submit itself again, as long as there is more to do. Its training says so with `sys.exit(resume.exit_code)`, which is 75 ("saved, but not done") when `ResumeCallback` has stopped it, and 0 at its end. **Predict:** which jobs must not be submitted again, if nobody is to find a thousand of them in the queue on Monday? This is what the script does at its end:
+
+# %%
+print(jobs.explain(job).split("again() {\n")[1].split("\n}\n")[0])
+
+# %% [markdown]
+# Those that are done, those that failed by an error, those that were cancelled, and those that get no further: two jobs in a row in which nothing was saved. The next one begins only when this one has ended, so that two never write into the same folder. A notebook goes through all its cells again; its long steps go on from what they saved, and `sys.exit(75)` in a cell says that there is more to do.
 #
 # The rules of a site are in its description, each with its source and the date at which it was read, for they change: `python -m nurion_utils.sites show neuron`. So a mistake can be found here instead of in the queue:
 
@@ -496,6 +504,7 @@ assert report.loc[report["check"] == "MPI adds up the rank numbers", "ok"].all()
 assert loss.startswith("rank 1 was lost with its node n2")
 assert not on_nodes or times.loc[times["step"] == "single precision", "time_ms"].min() > 0.9 * link_ms
 assert resumed == undisturbed and 1 <= len(kept) <= 2
+assert "qsub -W depend=afterany" in jobs.script(job)
 assert not jobs.lint(job) and not jobs.lint(for_neuron)
 
 # %% [markdown]
@@ -505,7 +514,7 @@ assert not jobs.lint(job) and not jobs.lint(for_neuron)
 # - `ranks.start` is the same on one machine, on virtual nodes and in a job. Check first that there is one world, on the nodes and over the link that you think.
 # - On a slow link the bytes of the gradients dominate a step; on a fast one they may vanish beside the computing.
 # - A lost node looks like a slow one to all others. What is not on disk is gone.
-# - Know when your job ends, save before, and go on. The result can be the same bit for bit.
+# - Know when your job ends, save before, and go on. The result can be the same bit for bit. A job can submit itself again; it must also know when not to.
 # - Rules of a site have dates. Hold a job against them before the queue does.
 #
 # **Next:** what the whole machine would do, with storage, links, batches and queues in one prediction (in preparation).

@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="a folder on the machine, which goes through its burst buffer if it has one")
     parser.add_argument("--results", help="where $RESULTS comes back to")
     parser.add_argument("--capacity-gb", type=float, help="of a burst buffer that is made for the job")
+    parser.add_argument("--requeue", action="store_true", help="submit it again until it is done; see Job")
     parser.add_argument("--python", help="an interpreter on the machine, with this package; this one unless given")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the script (as without any of these)")
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _job(given: argparse.Namespace) -> Job:
-    same = ("site", "nodes", "ranks_per_node", "cores_per_rank", "hours", "queue", "data", "results", "capacity_gb")
+    same = "site nodes ranks_per_node cores_per_rank hours queue data results capacity_gb requeue".split()
     notebook = Notebook(given.notebook, {name: _value(text) for name, text in given.parameters})
     options = dict(text.partition("=")[::2] for text in given.option)
     return Job(notebook, options=options, python=given.python, **{name: getattr(given, name) for name in same})
@@ -82,6 +83,9 @@ def _wait(job: Job, submitted: Submitted) -> int:
         while True:
             try:
                 state, unanswered = status(submitted), 0
+                if (last := submitted.last) != submitted:
+                    print(f"{time.strftime('%H:%M:%S')} job {submitted.id} goes on as job {last.id}", flush=True)
+                    submitted = last
             except SchedulerError as error:  # it may be down for a while; the job is not
                 state, unanswered = State("waiting", str(error)), unanswered + 1
                 if unanswered == UNANSWERED:
@@ -98,7 +102,7 @@ def _wait(job: Job, submitted: Submitted) -> int:
             pause_s = min(1.5 * pause_s, LONGEST_PAUSE_S)
     except KeyboardInterrupt:
         how = f"nurion_utils.jobs.cancel({submitted.id!r}, {job.site.name!r})"
-        print(f"job {submitted.id} goes on; {how} ends it", file=sys.stderr)
+        print(f"job {submitted.id} goes on; in this folder {how} ends it", file=sys.stderr)
         return 130
 
 

@@ -93,6 +93,15 @@ class Job:
     site's usual one, unless given. The variables of `environment` are exported. `python` runs functions and notebooks,
     and its folder is searched for commands: this one, unless given. `directory` is where the job is submitted and runs,
     if that is known already.
+
+    With `requeue` a job that has ended submits itself again if its exit status is 75 (``os.EX_TEMPFAIL``: saved, but
+    not done; see `ResumeCallback.exit_code`; a notebook's cell calls ``sys.exit(75)``), or if the walltime has ended
+    it. All other errors end the chain; so do two jobs in a row without progress, that is in which neither
+    `ResumeCallback` nor a sweep or search with a path has saved anything. (Staging does not count: its files may be
+    gone with the job.) A program of its own writes a line into the file ``$NURION_PROGRESS`` when it has saved
+    something. It must be saved where the next job finds it: a node's own disk is lost, and the chain would not end. On
+    Slurm the ranks of a command or function get SIGTERM two minutes before the end, or a tenth of the walltime if that
+    is less, unless ``--signal`` is among the options.
     """
 
     what: Notebook | Callable[[], Any] | str
@@ -110,6 +119,7 @@ class Job:
     name: str | None = None
     python: str | None = None
     directory: str | os.PathLike[str] | None = None
+    requeue: bool = False
 
     def __post_init__(self) -> None:
         site = sites.load(self.site) if isinstance(self.site, str) else self.site
@@ -223,7 +233,8 @@ class Job:
             values = self.what.written(**({"n_ranks": self.ranks} if "n_ranks" in self.what.known else {}))
             file, stem = shlex.quote(str(self.what.file)), shlex.quote(self.what.file.stem)
             words = ["--cwd", str(self.what.file.parent), "-k", "python3", "--log-output", "--no-progress-bar"]
-            return f'{python} -m papermill {file} {stem}."$job".ipynb {shlex.join([*words, "-y", values])}'
+            words = shlex.join([*words, "-y", values])
+            return f'{python} -m nurion_utils.jobs.executing {file} {stem}."$job".ipynb {words}'
         if callable(self.what):
             code = f"import base64, pickle; pickle.loads(base64.b64decode('{_pickled(self.what, self.name)}'))()"
             return f'{python} -c "{code}"'

@@ -6,6 +6,7 @@ from nurion_utils.jobs.job import Job, Line
 
 PREFIX, ID = "#PBS", "${PBS_JOBID%%.*}"
 START = [Line('cd "$PBS_O_WORKDIR"', "PBS begins in the home folder; this is where the job was submitted", "qsub(1B)")]
+AGAIN, CANCEL = 'qsub -W depend=afterany:"$PBS_JOBID"', "qdel"
 
 
 def header(job: Job) -> list[Line]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from nurion_utils import sites
+from nurion_utils.jobs import chain
 from nurion_utils.jobs.job import Job
 from nurion_utils.jobs.linting import limit, require_no_findings
 from nurion_utils.jobs.writing import script
@@ -28,6 +29,13 @@ class Submitted:
         """What the job prints: on the way, or, with PBS, when it has ended."""
         name, number, _ = self.script.name.rsplit(".", 2)
         return self.script.with_name(f"{name}.o{number}")
+
+    @property
+    def last(self) -> Submitted:
+        """The job that it has gone on in, if it submits itself again; itself if it has not."""
+        script = chain.last(self.script)
+        number, _, server = self.id.partition(".")
+        return replace(self, id=f"{script.name.rsplit('.', 2)[1]}{server and '.' + server}", script=script)
 
 
 def submit(job: Job) -> Submitted:
@@ -56,23 +64,39 @@ def submit(job: Job) -> Submitted:
 
 
 def status(job: Submitted | str, site: sites.Site | str | None = None) -> State:
-    """How a job is doing; an id of the scheduler's needs the site. SchedulerError if the scheduler cannot be asked."""
-    scheduler, id = _of(job, site)
-    return scheduler.state(id)
+    """How a job is doing, or the one that it has gone on in.
+
+    An id of the scheduler's needs the site; where it has gone on is known in the folder that it was submitted from.
+    SchedulerError if the scheduler cannot be asked.
+    """
+    last = _submitted(job, site).last
+    state = _scheduler(last.site).state(last.id)
+    # It may have gone on meanwhile: it says so before it ends.
+    return status(last) if state.ended and last.last != last else state
 
 
 def cancel(job: Submitted | str, site: sites.Site | str | None = None) -> None:
-    """End a job, waiting or running; one that has ended already is left alone."""
-    scheduler, id = _of(job, site)
-    scheduler.cancel(id)
+    """End a job, waiting or running, or the one that it has gone on in; one that has ended already is left alone.
+
+    Of an id of the scheduler's the same is true as in `status`.
+    """
+    last = _submitted(job, site).last
+    if last.script.exists() and chain.goes_on(last.script):
+        chain.stop(last.script)
+        if last.last != last:  # it went on just now
+            return cancel(last)
+    _scheduler(last.site).cancel(last.id)
 
 
-def _of(job: Submitted | str, site: sites.Site | str | None) -> tuple[ModuleType, str]:
+def _submitted(job: Submitted | str, site: sites.Site | str | None) -> Submitted:
     if isinstance(job, Submitted):
-        return _scheduler(job.site), job.id
+        return job
     if site is None:
         raise ValueError(f"name the site of job {job!r}, as in status({job!r}, 'nurion')")
-    return _scheduler(sites.load(site) if isinstance(site, str) else site), job
+    number = job.partition(".")[0]
+    here = [path for path in Path.cwd().glob("*.*.sh") if path.stem.endswith(f".{number}")]
+    script = here[0] if here else Path.cwd() / f"job.{number}.sh"
+    return Submitted(job, sites.load(site) if isinstance(site, str) else site, script)
 
 
 def _scheduler(site: sites.Site) -> ModuleType:

@@ -10,7 +10,7 @@ import shlex
 import sys
 from pathlib import PurePosixPath
 
-from nurion_utils.jobs import data_lines, flux, linting, pbs, slurm
+from nurion_utils.jobs import chain, data_lines, flux, linting, pbs, slurm
 from nurion_utils.jobs.job import Job, Line
 from nurion_utils.schedulers.pbs import launcher_environment
 
@@ -41,6 +41,8 @@ def _lines(job: Job) -> list[Line]:
     directives = data_lines.directives(job)
     if directives and scheduler is flux:
         directives = flux.directives(directives)
+    if job.requeue and not hasattr(scheduler, "AGAIN"):
+        raise ValueError(f"jobs of {job.site.scheduler.kind} cannot submit themselves again: leave requeue out")
     header = scheduler.header(job)
     if doubled := {line.text.split()[1].partition("=")[0] for line in header} & set(job.options) - {"-l"}:
         raise ValueError(f"option {min(doubled)} is a field of the job: give it there")
@@ -93,16 +95,20 @@ def _environment(job: Job) -> list[Line]:
 
 
 def _finish(job: Job) -> list[Line]:
+    scheduler = SCHEDULERS[job.site.scheduler.kind]
     node_s = f"{job.nodes} * s"
     said = f"'cost: {job.nodes} nodes x %d s = %d.%03d node-hours, exit status %d\\n'"
+    seconds = "    s=$((before_s + SECONDS))" if job.requeue else "    s=$SECONDS"
     return [
-        Line(f'job="{SCHEDULERS[job.site.scheduler.kind].ID}"', "its number"),
+        Line(f'job="{scheduler.ID}"', "its number"),
+        *(chain.start(job) + chain.again(job, scheduler.AGAIN, scheduler.CANCEL) if job.requeue else []),
         Line("ended=143", "as for a job that is ended from outside, until all is done"),
         Line("finish() {", "at the end, however it comes"),
         Line("    code=$?"),
         Line('    [ "$code" = 0 ] || ended=$code'),
+        *([Line("    again || true", "whatever becomes of that, the rest is done")] if job.requeue else []),
         *data_lines.at_the_end(job),
-        Line("    s=$SECONDS"),
+        Line(seconds, "with all jobs before" if job.requeue else ""),
         Line(f"    printf {said} $s $(({node_s} / 3600)) $(({node_s} % 3600 * 1000 / 3600)) $ended", "nodes x elapsed"),
         Line('    exit "$ended"'),
         Line("}"),

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from nurion_utils._checks import whole_number
 from nurion_utils.large_batch.recipes import RecipeError
+from nurion_utils.ranks.environment import note_progress
+
+KEPT = "claims-"  # by their name ranks see whether what they do is kept
 
 
 @contextlib.contextmanager
@@ -29,7 +32,8 @@ def shared_folder(path: str | os.PathLike[str] | None) -> Iterator[tuple[Path, P
             raise RecipeError(f"another sweep or search is using {folder}; wait, or choose another path") from None
         except OSError:
             pass  # a file system without locks
-        claims = tempfile.TemporaryDirectory(prefix="claims-", dir=folder, ignore_cleanup_errors=True)
+        prefix = "unkept-" if path is None else KEPT
+        claims = tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True)
         yield folder, Path(stack.enter_context(claims))
 
 
@@ -40,7 +44,9 @@ def claim(claims: Path, count: int) -> Iterator[int]:
             (claims / str(number)).touch(exist_ok=False)
         except FileExistsError:
             continue
-        yield number
+        yield number  # and it has been done when the next is asked for
+        if claims.name.startswith(KEPT):
+            note_progress()
 
 
 def distinct_seeds(seeds: Iterable[int]) -> list[int]:

@@ -15,7 +15,7 @@ import numpy as np
 from keras.src.random.seed_generator import global_seed_generator  # nothing public leads to its state
 
 from nurion_utils._checks import number, whole_number
-from nurion_utils.ranks.environment import end_of_job
+from nurion_utils.ranks.environment import end_of_job, note_progress
 from nurion_utils.training import checkpoints
 from nurion_utils.training.callbacks import all_variables, broadcast_model, outline_of_slots, ranks_of
 from nurion_utils.training.communicator import digest, first_difference, outline
@@ -194,6 +194,7 @@ class ResumeCallback(keras.callbacks.Callback):
             arrays = checkpoints.values(all_variables(self.model)) + own
             try:
                 self._path = checkpoints.write(self.folder, about, arrays, self._path)
+                note_progress()
             except OSError as error:
                 warnings.warn(
                     f"no checkpoint could be written ({error}); the last is {self._path or 'not there'}", stacklevel=2

@@ -154,6 +154,37 @@ with tempfile.TemporaryDirectory(dir=Path.home()) as directory:
     assert first != second
 
 
+def test_a_job_that_has_more_to_do_goes_on_in_another_on_all_nodes(notebook: Notebook) -> None:
+    code = """
+from nurion_utils import jobs
+import shlex, tempfile
+from pathlib import Path
+
+program = '''
+import os, sys
+from mpi4py.MPI import COMM_WORLD
+first = os.path.exists("begun")
+hosts = COMM_WORLD.allgather(os.uname().nodename)
+if COMM_WORLD.rank == 0:
+    print(hosts, flush=True)
+    open("begun", "a").close()
+sys.exit(0 if first else 75)
+'''
+with tempfile.TemporaryDirectory(dir=Path.home()) as directory:
+    Path(directory, "program.py").write_text(program)
+    command = shlex.join([sys.executable, "program.py"])
+    job = jobs.submit(jobs.Job(command, "pbs", 2, hours=0.1, options={"-V": ""}, directory=directory, requeue=True))
+    while not jobs.status(job).ended:
+        time.sleep(0.1)
+    say([jobs.status(job).name, job.log.read_text(), job.last.log.read_text()])
+"""
+    name, *logs = answer(notebook(code))
+    assert name == "done" and re.search(r"^job \d+ goes on as job \d+$", logs[0], re.MULTILINE)
+    for log in logs:
+        ((first, second),) = re.findall(r"^\['(.+)', '(.+)'\]$", log, re.MULTILINE)
+        assert first != second
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -28,7 +28,9 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(os.environ.get("STAND_IN") or os.environ.get("PBS_JOBCOOKIE", "/nowhere"))
+# In a job only what the scheduler tells of itself leads here.
+HERE = os.environ.get("STAND_IN") or os.environ.get("PBS_JOBCOOKIE") or os.environ.get("SLURM_CONF", "/nowhere")
+HERE = Path(HERE)
 RULES = {
     "on": None,
     "nodes": 3,
@@ -39,7 +41,10 @@ RULES = {
     "kill_s": 2,
     "slots": None,
 }
-RULES |= json.loads(os.environ.get("STAND_IN_RULES", "{}"))
+if "STAND_IN" in os.environ:
+    (HERE / f"rules.{os.getpid()}").write_text(os.environ.get("STAND_IN_RULES", "{}"))
+    os.replace(HERE / f"rules.{os.getpid()}", HERE / "rules")
+RULES |= json.loads((HERE / "rules").read_text())
 NEVER_PBS, NEVER_SLURM = "Can Never Run: Not enough total nodes available", "PartitionNodeLimit"
 
 
@@ -83,7 +88,7 @@ def enqueue(job, script):
 
 def start_runner(number):
     with open(HERE / f"{number}.runner", "w") as log:
-        words = [sys.executable, __file__, "--run", str(number)]
+        words = [sys.executable, str(Path(__file__).resolve()), "--run", str(number)]
         runner = subprocess.Popen(words, stdin=-3, stdout=log, stderr=log, start_new_session=True)
     change(number, runner=runner.pid)
 
@@ -101,6 +106,7 @@ def serve():
 
 def run(number):
     """What a node does with a job: waits for its turn, runs it, ends it when its time is up, and brings its output."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever is so where it was submitted
     while True:
         with locked():
             job, others = jobs()[number], jobs()
@@ -109,7 +115,8 @@ def run(number):
             slots = (RULES["slots"] or RULES["nodes"]) - len(busy)
             if job["cancelled"]:
                 return
-            if len(free) >= job["nodes"] <= slots:
+            depends = others.get(job.get("after"), {"state": "F"})["state"] != "F"
+            if not depends and len(free) >= job["nodes"] <= slots:
                 hosts = free[: job["nodes"]]
                 if not job.get("scatter", True) and job["nodes"] * job["cores"] <= RULES["cores"]:
                     hosts = hosts[:1] * job["nodes"]
@@ -200,7 +207,12 @@ def pbs_environment(number, job):
 
 def slurm_environment(number, job):
     hosts = ",".join(job["hosts"])
-    names = {"SLURM_JOB_ID": str(number), "SLURM_JOB_NODELIST": hosts, "SLURM_NNODES": str(job["nodes"])}
+    names = {
+        "SLURM_CONF": str(HERE),
+        "SLURM_JOB_ID": str(number),
+        "SLURM_JOB_NODELIST": hosts,
+        "SLURM_NNODES": str(job["nodes"]),
+    }
     return names | {"SLURM_SUBMIT_DIR": job["directory"]}, job["directory"]
 
 
@@ -243,6 +255,8 @@ def qsub(words):
             job["output"] = value
         elif key == "-V":
             job["environment"] = {k: v for k, v in os.environ.items() if not k.startswith("STAND_IN")}
+        elif key == "-W" and (after := re.fullmatch(r"depend=afterany:(\d+)\.head", value)):
+            job["after"] = int(after[1])
         elif key not in ("-A", "-P", "-W"):
             fail(f"qsub: invalid option -- '{key.lstrip('-')}'", 2)
     if RULES["most_minutes"] and job["seconds"] > 60 * RULES["most_minutes"]:
@@ -355,12 +369,14 @@ def pbs_tmrsh(words):
 
 
 def sbatch(words):
-    if len(words) != 2 or words[0] != "--parsable":
-        fail("sbatch: error: only --parsable and a script are known here")
-    if not os.path.isfile(words[1]):
-        fail(f"sbatch: error: Unable to open file {words[1]}")
-    given = dict(directive[0].partition("=")[::2] for directive in directives(words[1], "SBATCH"))
-    known = "job-name nodes ntasks-per-node cpus-per-task time output partition exclusive comment".split()
+    *options, script = words
+    after = [re.fullmatch(r"--dependency=afterany:(\d+)", option) for option in options[1:]]
+    if options[:1] != ["--parsable"] or not all(after):
+        fail("sbatch: error: only --parsable, one --dependency=afterany and a script are known here")
+    if not os.path.isfile(script):
+        fail(f"sbatch: error: Unable to open file {script}")
+    given = dict(directive[0].partition("=")[::2] for directive in directives(script, "SBATCH"))
+    known = "job-name nodes ntasks-per-node cpus-per-task time output partition exclusive comment signal".split()
     if unknown := set(given) - {f"--{name}" for name in known}:
         fail(f"sbatch: unrecognized option '{min(unknown)}'")
     queue = given.get("--partition", RULES["queues"][0])
@@ -378,7 +394,7 @@ def sbatch(words):
         job["reason"] = "PartitionTimeLimit"
     number = max(jobs(), default=0) + 1
     job["output"] = os.path.join(os.getcwd(), given["--output"].replace("%j", str(number)))
-    print(enqueue(job, words[1]))
+    print(enqueue(job | {"after": int(after[0][1]) if after else None}, script))
 
 
 def scontrol(words):

@@ -89,7 +89,9 @@ def test_whoever_stops_waiting_is_told_how_the_job_is_ended(queue, notebook, mon
     waits.send_signal(signal.SIGINT)
     told = waits.communicate()[1]
     assert waits.returncode == 130
-    assert re.fullmatch(rf"job (\S+) goes on; nurion_utils.jobs.cancel\('\1', '{queue.kind}'\) ends it\n", told)
+    assert re.fullmatch(
+        rf"job (\S+) goes on; in this folder nurion_utils.jobs.cancel\('\1', '{queue.kind}'\) ends it\n", told
+    )
 
 
 def test_a_job_that_can_never_run_is_not_waited_for(queue, notebook, monkeypatch, capsys):

@@ -237,6 +237,7 @@ def test_names_that_schedulers_refuse_are_refused_here(site, name):
         ("nurion", {"command": ["python", "train.py"]}, "one line of shell"),
         ("nurion", {"command": "python 'train.py"}, "bash cannot read the command .* unexpected EOF"),
         ("nurion", {"command": "python train.py; }"}, "bash cannot read the command"),
+        ("elcapitan", {"requeue": True}, "jobs of Flux cannot submit themselves again: leave requeue out"),
         ("local", {}, "'local' has no scheduler: take one that has"),
         ("fugaku", {}, "no site 'fugaku'"),
     ],
@@ -255,6 +256,7 @@ ANY_TEXT = st.text(max_size=12) | st.text("ab /\\'\"$`;&|<>(){}#-=\n\t%!*~", max
 @given(st.sampled_from(["nurion", "cori", "elcapitan"]), ANY_TEXT, ANY_TEXT, ANY_TEXT, ANY_TEXT)
 def test_whatever_is_not_refused_is_a_script_that_bash_can_read(site, folder, command, name, value):
     usual = {"data": "/scratch/me/data", "command": TRAIN, "nodes": 2, "hours": 1, "capacity_gb": 100}
+    usual["requeue"] = site != "elcapitan"
     lines = len(written(site, **usual, environment={"A": "a"}, options={"-Z": "a"}).split("\n"))
     for changes in (
         {"data": f"/scratch/{folder}"},
@@ -327,7 +329,9 @@ def test_a_notebook_is_given_its_parameters_as_they_are(book, name, value):
     require_bash(text)
     told = subprocess.run(["bash"], input=text, capture_output=True, text=True, env=os.environ | {"SLURM_JOB_ID": "7"})
     words = json.loads(told.stdout.splitlines()[0])
-    assert words[:4] == ["-m", "papermill", str(path), "book.7.ipynb"] and words[5] == str(path.parent)
+    assert words[:4] == ["-m", "nurion_utils.jobs.executing", str(path), "book.7.ipynb"] and words[5] == str(
+        path.parent
+    )
     assert yaml.safe_load(words[-1]) == {"n_ranks": 6, "x": value}
 
 
@@ -396,7 +400,8 @@ def test_a_job_that_is_ended_says_what_it_cost_and_does_not_pass_for_done(tmp_pa
 
 @pytest.mark.parametrize("site", ["nurion", "cori", "elcapitan", "pbs", "slurm"])
 def test_an_explained_script_is_the_script_with_reasons_and_sources(site):
-    job = Job(TRAIN, site, data="/scratch/me/data", capacity_gb=100, environment={"A": "a"}, options={"-Z": "z"})
+    settings = {"environment": {"A": "a"}, "options": {"-Z": "z"}, "requeue": site != "elcapitan"}
+    job = Job(TRAIN, site, data="/scratch/me/data", capacity_gb=100, **settings)
     plain, told = script(job).splitlines(), require_bash(explain(job))
     reasons = [line for line in told if re.fullmatch(r" *# .+ \[.+\]", line) and line not in plain]
     assert [line for line in told if line not in reasons] == plain

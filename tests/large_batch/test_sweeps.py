@@ -26,6 +26,7 @@ from nurion_utils.large_batch import (
 )
 from nurion_utils.large_batch.recipes import RecipeError
 from nurion_utils.ranks import RankError
+from nurion_utils.ranks.environment import note_progress
 
 pytestmark = pytest.mark.tensorflow
 
@@ -151,6 +152,17 @@ def test_a_sweep_that_is_killed_goes_on_where_it_stopped(tmp_path):
     assert len(table) == 64 and table["test_error"].notna().all()
     lines = [line for file in tmp_path.glob("runs-*.jsonl") for line in file.read_text().splitlines()]
     assert len(lines) == 64  # nothing was done twice
+
+
+def test_a_sweep_is_progress_of_a_job_if_it_is_kept_and_new(tmp_path, monkeypatch):
+    progress = tmp_path / "progress"
+    monkeypatch.setenv("NURION_PROGRESS", str(progress))
+    monkeypatch.setattr(shared_folder, "note_progress", note_progress.__wrapped__)  # in each process but once
+    sweep([recipe(epochs=1)], [0], None, TASK)
+    assert not progress.exists()
+    for _ in range(2):
+        sweep([recipe(epochs=1)], [0], None, TASK, tmp_path / "kept")
+    assert len(progress.read_text().splitlines()) == 1
 
 
 def test_a_lost_rank_is_an_error_and_what_was_done_is_kept(world2, tmp_path):
