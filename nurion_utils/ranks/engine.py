@@ -16,7 +16,7 @@ from functools import partialmethod
 from pathlib import Path
 
 from nurion_utils.ranks import stalls
-from nurion_utils.ranks.failures import RankError
+from nurion_utils.ranks.failures import ASK, ASK_AROUND, RankError
 from nurion_utils.ranks.processes.guardian import end_with_parent, mapped_by, remove
 
 
@@ -136,13 +136,14 @@ def stay_outside(status: Path) -> None:
 
 
 def note_output(own: Path) -> None:
-    """Keep what libraries write below Python (MPI aborts, crashes), and stacks when SIGUSR1 asks for them."""
+    """Keep what libraries write below Python (MPI aborts, crashes), and stacks when signals ask for them."""
     log = open(f"{own}.log", "wb", buffering=0)  # open for the process' life
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     stacks = open(f"{own}.stack", "ab", buffering=0)  # to append, for who reads it may empty it
     faulthandler.enable(log, all_threads=False)
-    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
+    faulthandler.register(ASK, file=stacks, all_threads=False)
+    faulthandler.register(ASK_AROUND, file=stacks, all_threads=True)
 
 
 def is_complete(path: Path) -> bool:

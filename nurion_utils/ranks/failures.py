@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import linecache
+import os
 import re
 import signal
 import sys
@@ -25,6 +26,11 @@ LAST_LINES = 12
 END_OF_JOB = "job.end"  # the file that says how the ranks' job ended, if it did before them
 LOST = "lost"  # what is noted down of how a rank ended whose node has gone
 PATIENCE_S = 5.0
+# A rank's main thread writes down where it is at the first of these signals, and any of its threads where all are at
+# the second, for a main thread that none reaches. SIGUSR1 is MPICH's: it tells of a process that has died, and has
+# MPI ask its launcher, which may be held.
+ASK, ASK_AROUND = signal.SIGUSR2, signal.SIGRTMIN
+WHOLE_STACK = r"(in <module>|\.\.\.)\n\Z"  # the outermost frame of a main thread, or the last that is written
 # What Horovod's stall check logs: which ranks have not submitted what others wait for; the last line, and the marks
 # of the ranks that it is about, only when it gives up.
 MISSING = re.compile(r"Missing ranks:\n((?:\d+!?: \[.*\]\n)+)")
@@ -201,18 +207,34 @@ def last_output(names: list[str], directory: Path) -> str:
     return text
 
 
-def where(ranks: list[int], directory: Path) -> str:
-    """Where ranks were, after they were told to write it down."""
-    files = {rank: directory / f"rank{rank}.stack" for rank in ranks}
-    _wait_for_text(files.values(), end=r"(in <module>|\.\.\.)\n")  # the outermost frame, or the last that is written
+def where(ranks: list[int], processes: Any) -> str:
+    """Where ranks are now, in words; `processes` are those of their launcher."""
+    files = {rank: processes.directory / f"rank{rank}.stack" for rank in ranks}
+    for file in files.values():
+        with contextlib.suppress(OSError):
+            os.truncate(file, 0)
+    for rank in ranks:
+        processes.signal(rank, ASK)
+    silent = _without_answer(files)
+    for rank in silent:
+        processes.signal(rank, ASK_AROUND)
+    unknown = _without_answer(silent)
     text = ""
     for rank, file in files.items():
-        stack = _read(file).splitlines()[1:]
+        stack = re.split(r"^.*\(most recent call first\):\n", _read(file), flags=re.MULTILINE)[-1].splitlines()
         stack = [re.sub(r'File "(.+?)"', lambda match: f'File "{cell_name(match[1])}"', line) for line in stack]
         own = itertools.takewhile(lambda line: not MACHINERY.search(line), stack)
-        lines = "\n".join(own) or "  between two calls" if stack else "  it gave no answer, as if it were stopped"
-        text += f"\n--- where rank {rank} was ---\n{lines}"
+        lines = [] if rank in unknown else list(own) or ["  between two calls"]
+        if rank in silent:
+            lines.insert(0, f"  it gave no answer: {processes.state(rank)}")
+        text += "\n".join([f"\n--- where rank {rank} was ---", *lines])
     return text
+
+
+def _without_answer(files: dict[int, Path]) -> dict[int, Path]:
+    """The ranks that have not written a whole stack by the time that busy cores may take."""
+    _wait_for_text(files.values(), WHOLE_STACK)
+    return {rank: file for rank, file in files.items() if not re.search(WHOLE_STACK, _read(file))}
 
 
 def _called(name: str) -> str:
@@ -240,8 +262,8 @@ def _read(file: Path) -> str:
         return ""
 
 
-def _wait_for_text(files: Iterable[Path], end: str = ".") -> None:
-    """Until all files hold a text with this end; on busy cores that may take seconds."""
+def _wait_for_text(files: Iterable[Path], text: str = ".") -> None:
+    """Until all files hold such a text; on busy cores that may take seconds."""
     deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline and not all(re.search(rf"{end}\Z", _read(file)) for file in files):
+    while time.monotonic() < deadline and not all(re.search(text, _read(file)) for file in files):
         time.sleep(0.01)

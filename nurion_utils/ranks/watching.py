@@ -102,7 +102,7 @@ class Watcher:
                 if time.monotonic() - call.since_s > STALL_LIMIT_S or not notebook.somebody_watches():
                     self._break(story, waiting)
                 elif not call.notice:
-                    call.notice = f"{story}{self._processes.where(waiting)}"
+                    call.notice = f"{story}{failures.where(waiting, self._processes)}"
         return not self.broken
 
     def _break(self, reason: str, waiting: list[int], dead: list[str] | None = None) -> None:
@@ -112,7 +112,7 @@ class Watcher:
                 return
             died = [int(name.removeprefix("rank")) for name in dead or [] if name != "controller"]
             try:
-                stacks = self._processes.where(waiting)
+                stacks = failures.where(waiting, self._processes)
                 if dead:
                     reason = failures.ended(dead, self._processes.directory)
                 time.sleep(0.3)  # ranks send what they printed every 0.2 s: let it arrive

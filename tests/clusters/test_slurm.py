@@ -94,26 +94,31 @@ def fail(how):
         time.sleep(0.5)
         if how == "raises":
             raise ValueError("no data")
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGSTOP if how == "stops" else signal.SIGKILL)
     MPI.COMM_WORLD.barrier()
 
 with ranks.start(4) as world:
     try:
-        world.run(fail, {how!r})
+        world.run(fail, {how!r}, timeout_s={timeout_s})
     except ranks.RankError as error:
         say(str(error))
 """
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
-    [("raises", "rank 2 of 4 raised ValueError: no data"), ("dies", "rank 2 on node n3 was ended by SIGKILL")],
+    ("how", "timeout_s", "says"),
+    [
+        ("raises", None, "^rank 2 of 4 raised ValueError: no data"),
+        ("dies", None, "^rank 2 on node n3 was ended by SIGKILL"),
+        ("stops", 3, "--- where rank 2 was ---\n  it gave no answer: it is stopped"),
+    ],
 )
 def test_a_rank_that_fails_is_named_and_the_others_say_where_they_stood(
-    notebook: Notebook, how: str, says: str
+    notebook: Notebook, how: str, timeout_s: float | None, says: str
 ) -> None:
-    message = answer(notebook(FAIL.replace("{how!r}", repr(how)), nodes=4))
-    assert message.startswith(says)
+    code = FAIL.replace("{how!r}", repr(how)).replace("{timeout_s}", repr(timeout_s))
+    message = answer(notebook(code, nodes=4))
+    assert re.search(says, message)
     for rank in (0, 1, 3):
         assert message.split(f"--- where rank {rank} was ---\n")[1].splitlines()[0].endswith("in fail")
 

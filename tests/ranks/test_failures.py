@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -136,9 +137,26 @@ def test_a_rank_that_was_stopped_gives_no_answer(mortal: ranks.World) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
 
     began = time.monotonic()
-    with pytest.raises(RankError, match="(?s)^rank 0 did not finish within 1 s.*rank 0 was.*no answer"):
+    with pytest.raises(RankError, match="(?s)^rank 0 did not finish within 1 s.*rank 0 was.*no answer: it is stopped"):
         mortal.run(stop_one, timeout_s=1)
     assert time.monotonic() - began < PATIENCE_S
+
+
+def test_of_a_rank_that_no_signal_reaches_another_thread_tells_where_it_is(mortal: ranks.World, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "never_written")
+
+    def start_one(program: str, reading: str) -> None:
+        from mpi4py import MPI
+
+        if MPI.COMM_WORLD.rank == 0:
+            # Linux holds a process until its child has become another program; this one first opens a file, in vain.
+            os.posix_spawn(program, [program], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, reading, os.O_RDONLY, 0)])
+
+    with pytest.raises(RankError) as failure:
+        mortal.run(start_one, sys.executable, str(tmp_path / "never_written"), timeout_s=1)
+    answer, *stack = str(failure.value).split("--- where rank 0 was ---\n")[1].splitlines()
+    assert answer.startswith("  it gave no answer: it is in a wait that no signal interrupts")
+    assert stack[0].endswith("in start_one")
 
 
 def test_ranks_that_die_between_two_calls_are_noticed(mortal: ranks.World) -> None:

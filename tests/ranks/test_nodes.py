@@ -15,6 +15,7 @@ import pytest
 from helpers import PATIENCE_S
 
 from nurion_utils import ranks
+from nurion_utils.ranks import failures
 from nurion_utils.ranks.launchers import local, nodes
 
 pytestmark = pytest.mark.lab
@@ -61,6 +62,12 @@ def test_each_rank_has_a_node_to_itself(mortal: ranks.World) -> None:
     for folder in ("/tmp", "/dev/shm"):
         assert len({os.stat(folder).st_dev, *(each[folder] for each in found)}) == 4
     assert all(each["processes"] < 20 for each in found)
+
+
+def test_to_ask_ranks_where_they_are_does_not_disturb_them(mortal: ranks.World) -> None:
+    assert failures.where([0, 1, 2], mortal._processes).count("between two calls") == 3
+    found = mortal.run(here, timeout_s=PATIENCE_S)  # MPI may ask a launcher that is held, when it hears of a death
+    assert [each["size"] for each in found] == [3, 3, 3]
 
 
 def test_a_file_in_tmp_is_on_one_node_and_one_beside_the_program_on_all(mortal: ranks.World) -> None:

@@ -18,7 +18,7 @@ from nurion_utils._checks import one_of
 from nurion_utils.ranks import failures
 from nurion_utils.ranks.environment import own_environment
 from nurion_utils.ranks.failures import RankError
-from nurion_utils.ranks.processes import Guarded, controller
+from nurion_utils.ranks.processes import Guarded, controller, kernel
 from nurion_utils.ranks.processes.guardian import descendants
 
 START_TIMEOUT_S = 120.0
@@ -138,13 +138,10 @@ class LocalRanks:
         with contextlib.suppress(OSError):  # it has ended
             signal.pidfd_send_signal(self._processes[f"rank{rank}"], number)
 
-    def where(self, ranks: list[int]) -> str:
-        """Where ranks are now, in words."""
-        for rank in ranks:
-            with contextlib.suppress(OSError):
-                os.truncate(self.directory / f"rank{rank}.stack", 0)
-            self.signal(rank, signal.SIGUSR1)  # faulthandler writes down where it is, whatever it does
-        return failures.where(ranks, self.directory)
+    def state(self, rank: int) -> str:
+        """What Linux says of a rank's process, in words."""
+        held = Path(f"/proc/self/fdinfo/{self._processes[f'rank{rank}']}").read_text()
+        return kernel.state(int(re.search(r"^Pid:\s+(-?\d+)", held, re.MULTILINE)[1]))
 
 
 def _identity(pid: int) -> tuple[tuple[str, int], int]:

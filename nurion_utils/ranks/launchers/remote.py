@@ -173,13 +173,10 @@ class RemoteRanks:
     def signal(self, rank: int, number: signal.Signals) -> None:
         self._command(f"{rank} signal {int(number)}")
 
-    def where(self, ranks: list[int]) -> str:
-        """Where ranks are now, in words."""
-        for rank in ranks:
-            with contextlib.suppress(OSError):
-                os.truncate(self.directory / f"rank{rank}.stack", 0)
-            self.signal(rank, signal.SIGUSR1)
-        return failures.where(ranks, self.directory)
+    def state(self, rank: int) -> str:
+        """What Linux says of a rank's process, in words."""
+        told = self.directory / f"rank{rank}.state"
+        return told.read_text() if told.exists() else "its node tells nothing of it"
 
     def end(self) -> None:
         """End all processes, and wait until that is done."""

@@ -25,7 +25,8 @@ from typing import Any
 import zmq
 import zmq.auth.thread
 
-from nurion_utils.ranks.failures import LOST, RankError
+from nurion_utils.ranks.failures import ASK, ASK_AROUND, LOST, RankError
+from nurion_utils.ranks.processes import kernel
 from nurion_utils.ranks.processes.folders import write_whole
 from nurion_utils.ranks.processes.guardian import end_with_parent
 
@@ -158,8 +159,10 @@ def look_after(child: int, rank: int, shared: Path, world: dict[str, Any], where
                 if word == b"ask":
                     _ask(own)
                 if word == b"signal" and not status:
-                    if int(arguments[0]) == signal.SIGUSR1:
+                    if int(arguments[0]) == ASK:
                         told["stack"] = os.truncate(f"{own}.stack", 0)
+                    if int(arguments[0]) == ASK_AROUND:
+                        tell(b"file", "state", kernel.state(child).encode())
                     os.kill(child, int(arguments[0]))
     _signal_launcher(shared, signal.SIGCONT)
     shutil.rmtree(shared, ignore_errors=True)  # the notebook is gone, and all that would do it
