@@ -12,15 +12,16 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nurion_utils.ranks.environment import PACKAGES, installed
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from nurion_utils.ranks import World
 
-PACKAGES = ("tensorflow-cpu", "keras", "horovod", "mpi4py", "mpich", "ipyparallel")
 AFRESH = "remove .venv and run make setup"
 REMEDIES = dict.fromkeys(PACKAGES, "Run make setup.") | {
     "Python": "Set up again with Python 3.11.",
@@ -33,7 +34,6 @@ REMEDIES = dict.fromkeys(PACKAGES, "Run make setup.") | {
     "Horovod adds up the rank numbers": f"Horovod does not see all ranks: it was built without MPI; {AFRESH}.",
     "operations Horovod was built with": f"Horovod was built elsewhere: {AFRESH}, for MPI, Gloo and oneCCL.",
     "ranks on each node": "The launcher crowds ranks on some nodes: have it spread them, as mpiexec -ppn does.",
-    "one environment on all nodes": "Nodes see different installations: put it in a folder that all of them share.",
     "a folder here is on all nodes": "Work in a folder that all nodes share, as on a cluster's scratch file system.",
     "clocks of the nodes": "They differ by more than a second: tell those who run the machine; its NTP is at fault.",
     "MPI's bytes travel by": "They do not use the network between the nodes: unset UCX_TLS, UCX_NET_DEVICES and FI_*.",
@@ -54,7 +54,7 @@ def report(world: World) -> pd.DataFrame:
         here = contextlib.nullcontext(sys.executable)
     with here:
         answers = world.run(_rank_report, os.path.abspath(getattr(here, "name", sys.executable)), timeout_s=120)
-    rows = [*_machine_checks(world.n), *_rank_checks(answers), *_node_checks(answers)]
+    rows = [*_machine_checks(world.n), *_shared_out(answers), *_rank_checks(answers), *_node_checks(answers)]
     table = pd.DataFrame(rows, columns=["check", "value", "ok"])
     return table.assign(remedy=table["check"].map(REMEDIES).where(~table["ok"], ""))
 
@@ -64,14 +64,11 @@ def _machine_checks(n_ranks: int) -> list[tuple[str, str, bool]]:
 
     cores = len(os.sched_getaffinity(0))
     busy = psutil.cpu_percent(interval=0.3) / 100 * psutil.cpu_count()
-    memory_gb = psutil.virtual_memory().available / 1e9
     shared_gb = shutil.disk_usage("/dev/shm").free / 1e9
     return [
         ("Python", sys.version.split()[0], sys.version_info[:2] == (3, 11)),
         *[(name, installed(name), installed(name) != "missing") for name in PACKAGES],
-        ("cores for the ranks", f"{cores} for {n_ranks} ranks", True),
         ("cores busy with something else", f"{busy:.1f} of {cores}", busy < 0.3 * cores),
-        ("free memory", f"{memory_gb:.1f} GB", memory_gb > 1.0 * n_ranks),
         ("free shared memory (/dev/shm)", f"{shared_gb:.1f} GB", shared_gb > 0.1 * n_ranks),
     ]
 
@@ -98,12 +95,29 @@ def _rank_checks(answers: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
     ]
 
 
+def _shared_out(answers: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
+    """What the ranks of a node share, where it is least for each."""
+    nodes: dict[str, list[dict[str, Any]]] = {}
+    for answer in answers:
+        nodes.setdefault(answer["node"], []).append(answer)
+    cores = {node: len(set().union(*(answer["cores"] for answer in there))) for node, there in nodes.items()}
+    memory_gb = {node: there[0]["memory_gb"] for node, there in nodes.items()}
+    least, poorest = (min(nodes, key=lambda node: given[node] / len(nodes[node])) for given in (cores, memory_gb))
+    return [
+        ("cores for the ranks", f"{cores[least]} for {len(nodes[least])} on {least}", True),
+        (
+            "free memory",
+            f"{memory_gb[poorest]:.1f} GB for {len(nodes[poorest])} on {poorest}",
+            memory_gb[poorest] > 1.0 * len(nodes[poorest]),
+        ),
+    ]
+
+
 def _node_checks(answers: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
     """What can be wrong only where ranks sit on several nodes."""
     nodes = Counter(answer["node"] for answer in answers)
     if len(nodes) == 1:
         return []
-    environments = {answer["environment"] for answer in answers}
     unseen = sorted({answer["node"] for answer in answers if not answer["sees_folder"]})
     clocks_s = [answer["clock_s"] for answer in answers]
     carried = Counter()
@@ -112,19 +126,25 @@ def _node_checks(answers: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
     way, most = carried.most_common(1)[0] if carried else ("no interface that is counted", 0)
     return [
         ("ranks on each node", ", ".join(f"{node}: {n}" for node, n in nodes.items()), len({*nodes.values()}) == 1),
-        ("one environment on all nodes", "; ".join(sorted(environments)), len(environments) == 1),
         ("a folder here is on all nodes", f"not on {', '.join(unseen)}" if unseen else "yes", not unseen),
         ("clocks of the nodes", f"{max(clocks_s) - min(clocks_s):.3f} s apart", max(clocks_s) - min(clocks_s) < 1),
         ("MPI's bytes travel by", f"{way} ({most / 1e6:.0f} MB)", way != "lo"),
     ]
 
 
-def installed(package: str) -> str:
-    """Version of an installed package, or "missing"."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"
+def _memory_gb() -> float:
+    """What there is for programs here: what the machine has free, unless a job or a container is given less."""
+    import psutil
+
+    least = [psutil.virtual_memory().available]
+    least.append(int(os.environ.get("SLURM_MEM_PER_NODE", "0")) * 2**20)
+    each, cores = os.environ.get("SLURM_MEM_PER_CPU", "0"), os.environ.get("SLURM_JOB_CPUS_PER_NODE", "0")
+    least.append(int(each) * int(cores.partition("(")[0]) * 2**20)
+    group = Path("/sys/fs/cgroup", Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().strip("/"))
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError):  # "max"
+            least.append(int((folder / "memory.max").read_text()))
+    return min(filter(None, least)) / 1e9
 
 
 def _rank_report(folder: str) -> dict[str, Any]:
@@ -146,13 +166,13 @@ def _rank_report(folder: str) -> dict[str, Any]:
     sent = {name: after[name].bytes_sent - before[name].bytes_sent for name in before.keys() & after.keys()}
     return {
         "node": os.uname().nodename,
-        "environment": f"{sys.prefix}: " + ", ".join(f"{name} {installed(name)}" for name in PACKAGES),
         "sees_folder": os.path.exists(folder),
         "clock_s": clock_s,
         "sent": {name: number for name, number in sent.items() if number > 1e5},
         "all_cores": os.cpu_count(),
         "rank": comm.rank,
         "cores": sorted(os.sched_getaffinity(0)),
+        "memory_gb": _memory_gb(),
         "mpi_library": MPI.Get_library_version().split("\n")[0].replace("\t", " ").strip(),
         "MPI_sum": comm.allreduce(comm.rank),
         "Horovod_sum": float(hvd.allreduce(tf.constant(float(comm.rank)), op=hvd.Sum, name="health")),

@@ -50,7 +50,7 @@ def main() -> None:
 
 def on_a_node(shared: Path) -> None:
     """Become a rank of those whose world is described in the folder `shared`, on a node of a job."""
-    from nurion_utils.ranks.environment import identity
+    from nurion_utils.ranks.environment import identity, installation
     from nurion_utils.ranks.processes import agent, controller, folders
 
     world, who = json.loads((shared / "world.json").read_text()), identity()
@@ -68,6 +68,15 @@ def on_a_node(shared: Path) -> None:
             )
 
     require_one_world(who.size)
+    if who.local_rank == 0:
+        own = installation()
+        if other := [
+            f"{name} {own[name]} instead of {told}" for name, told in world["installation"].items() if own[name] != told
+        ]:
+            fail(
+                f"node {os.uname().nodename} has another environment than the notebook, {', '.join(other)}: put it in "
+                "a folder that all nodes share"
+            )
     try:
         chosen = agent.choose(shared, who.rank, controller.for_nodes)
     except RankError as error:

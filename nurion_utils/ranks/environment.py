@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import platform
 import re
 import sys
+import zlib
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +38,9 @@ OUTER = re.compile(
     r"|HOROVOD_(RANK|SIZE|LOCAL_RANK|LOCAL_SIZE|CROSS_RANK|CROSS_SIZE|CONTROLLER|HOSTNAME|RENDEZVOUS|GLOO_RENDEZVOUS"
     r"|GLOO_IFACE|ELASTIC|MPI_THREADS_DISABLE|WORLD)"
 )
+
+# What must be the same on all nodes, for ranks to understand each other and the notebook.
+PACKAGES = ("tensorflow-cpu", "keras", "horovod", "mpi4py", "mpich", "ipyparallel")
 
 
 class Identity(NamedTuple):
@@ -84,6 +90,23 @@ def note_progress() -> None:
 def own_environment() -> dict[str, str]:
     """The environment of this process without what an outer launch told it: for ranks that are started from here."""
     return {name: value for name, value in os.environ.items() if not OUTER.match(name)}
+
+
+def installed(package: str) -> str:
+    """Version of an installed package, or "missing"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def installation() -> dict[str, str]:
+    """Versions of what ranks run on, by name, without importing it; of this package a checksum of its files."""
+    checksum = 0
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        checksum = zlib.crc32(file.read_bytes(), checksum)
+    own = {"Python": platform.python_version(), "nurion_utils": f"{checksum:08x}"}
+    return own | {name: installed(name) for name in PACKAGES}
 
 
 def rank_environment(threads: int) -> dict[str, str]:

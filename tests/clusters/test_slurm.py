@@ -218,6 +218,28 @@ def test_a_node_that_is_lost_is_named(notebook: Notebook) -> None:
     assert "RankError: rank 2 was lost with its node n3" in errors
 
 
+IN_A_JOB = ["salloc", "--quiet", "--nodes=4", "--time=5", "srun", "--overlap", "--nodes=1", "--nodelist=n1"]
+
+
+@pytest.mark.parametrize(("way", "on"), [(IN_A_JOB, "head"), ([], "n1")], ids=["in a job", "that submitted one"])
+def test_when_the_notebooks_own_node_is_lost_nothing_is_left_on_others(way: list[str], on: str) -> None:
+    code = at_work("slurm", 3).replace("site=", "options=['--exclude=n1'], site=")
+    with make() as cluster:
+        process = subprocess.Popen(
+            cluster.command([*way, sys.executable, "-c", BEGIN + code], on),
+            env=cluster.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until_at_work(process)
+        cluster.unplug("n1")
+        process.communicate(timeout=PATIENCE_S)
+        with leaves_nothing() as found:
+            # In a job all are killed with it; a folder that nobody could remove then goes with a later start.
+            found.append(lambda: [x for x in traces(cluster, ["squeue", "--noheader"]) if not way or "/run-" not in x])
+
+
 @pytest.mark.parametrize("blocked", ["to head", "from head"])
 def test_one_open_direction_between_head_and_nodes_is_enough(blocked: str) -> None:
     with make(blocked=blocked) as cluster:
@@ -227,24 +249,88 @@ def test_one_open_direction_between_head_and_nodes_is_enough(blocked: str) -> No
 
 
 def test_health_tells_of_all_nodes(cluster: Cluster) -> None:
-    command = [sys.executable, "-m", "nurion_utils.health", "--site", "slurm", "--nodes", "2"]
+    job = ["salloc", "--quiet", "--nodes=2", "--mem=700", "--time=5"]
+    command = [*job, sys.executable, "-m", "nurion_utils.health", "--nodes", "2"]
     lines = cluster.run(command, timeout=2 * PATIENCE_S).stdout.splitlines()
     for expected in ("ranks on each node: n1: 1, n2: 1", "a folder here is on all nodes: yes"):
         assert f"ok   {expected}" in lines
+    assert any(line.startswith("NO   free memory: 0.7 GB for 1 on n1  -> A rank") for line in lines)
     assert any(line.startswith("ok   MPI's bytes travel by: eth0") for line in lines)
 
 
-def test_worlds_of_one_rank_are_found_out(cluster: Cluster, notebook: Notebook, tmp_path: Path) -> None:
-    site = cluster.directory / "nurion" / "sites" / "alone.toml"
+REFUSED = "try:\n    ranks.start(4, site={site!r})\nexcept ranks.RankError as error:\n    say(str(error))"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "says"),
+    [
+        ("srun --mpi=none -N {nodes} -n {ranks}", "there is no world of 4 ranks, but .* srun with --mpi=pmi2"),
+        (
+            "mpiexec -n {ranks} -ppn {ranks}",
+            "ranks are not where they should be, 1 on each node, but 4 on n1: .* -ppn 1",
+        ),
+    ],
+)
+def test_a_launcher_that_does_not_make_the_world_is_found_out(
+    cluster: Cluster, notebook: Notebook, launcher: str, says: str
+) -> None:
+    site = cluster.directory / "nurion" / "sites" / "other.toml"
     site.parent.mkdir(parents=True, exist_ok=True)
     site.write_text(
-        'title = "a launcher that MPI does not understand"\n[scheduler]\n'
+        'title = "a launcher that does something else"\n[scheduler]\n'
         'kind = { value = "Slurm", status = "chosen", source = "test" }\n'
-        'launcher = { value = "srun --mpi=none -N {nodes} -n {ranks}", status = "chosen", source = "test" }\n'
+        f'launcher = {{ value = "{launcher}", status = "chosen", source = "test" }}\n'
     )
-    code = "try:\n    ranks.start(4, site='alone')\nexcept ranks.RankError as error:\n    say(str(error))"
-    message = answer(notebook(code, nodes=4, XDG_CONFIG_HOME=str(cluster.directory)))
-    assert message.startswith("there is no world of 4 ranks, but") and "srun with --mpi=pmi2" in message
+    code = REFUSED.format(site="other")
+    assert re.match(says, answer(notebook(code, nodes=4, XDG_CONFIG_HOME=str(cluster.directory))))
+
+
+@contextlib.contextmanager
+def hidden(cluster: Cluster, node: str, what: Path, behind: str) -> Iterator[None]:
+    """The node sees something else there."""
+    cluster.run(["mount", *behind.split(), str(what)], on=node, check=True)
+    try:
+        yield
+    finally:
+        cluster.run(["umount", str(what)], on=node, check=True)
+
+
+@pytest.mark.parametrize(
+    ("node", "nodes", "says"),
+    [
+        (
+            "n3",
+            4,
+            r"node n3 does not see \S+/rank.sh: the home folder and the environment must be on file systems that",
+        ),
+        ("n3", None, r"node n3 does not see \S+/rank.sh"),
+        (
+            "n1",
+            None,
+            r"(?s)job \d+ ended before its ranks .*it wrote nothing: its first node must see \S+/.nurion, as all",
+        ),
+    ],
+)
+def test_a_node_that_lacks_the_home_folder_is_named(
+    cluster: Cluster, notebook: Notebook, node: str, nodes: int | None, says: str
+) -> None:
+    folder = cluster.directory / ".nurion"
+    folder.mkdir(exist_ok=True)
+    with hidden(cluster, node, folder, "-t tmpfs other"):
+        assert re.match(says, answer(notebook(REFUSED.format(site="slurm"), nodes)))
+
+
+def test_a_node_with_another_version_of_a_package_is_named(cluster: Cluster, notebook: Notebook) -> None:
+    (metadata,) = Path(sys.prefix).glob("lib/python*/site-packages/mpi4py-*.dist-info")
+    other = cluster.directory / "other"
+    other.mkdir()
+    (other / "METADATA").write_text("Name: mpi4py\nVersion: 0.1\n")
+    with hidden(cluster, "n3", metadata, f"--bind {other}"):
+        message = answer(notebook(REFUSED.format(site="slurm"), nodes=4))
+    version = metadata.name.split("-")[1].removesuffix(".dist")
+    assert message.startswith(
+        f"node n3 has another environment than the notebook, mpi4py 0.1 instead of {version}: put it in a folder that"
+    )
 
 
 ATTACK = """

@@ -48,7 +48,7 @@ def leaves_nothing() -> Iterator[list[Callable[[], list[str]]]]:
     deadline = time.monotonic() + PATIENCE_S
     while (left := [line for ask in asked for line in ask()]) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert left == []
+    assert left == [], left
 
 
 def traces(cluster: Cluster, list_jobs: list[str]) -> list[str]:

@@ -20,3 +20,11 @@ def test_a_fault_is_found_and_comes_with_its_remedy() -> None:
     assert not fault["ok"] and fault["value"] == "CCL" and "unset it" in fault["remedy"]
     assert (report.loc[report["ok"], "remedy"] == "").all()
     assert (report.loc[~report["ok"], "remedy"] != "").all()
+
+
+@pytest.mark.parametrize(("apart_s", "ok"), [(0.2, True), (1.5, False)])
+def test_clocks_that_differ_by_more_than_a_second_are_found(apart_s: float, ok: bool) -> None:
+    # The nodes of one machine have one clock, so what ranks would answer is made up.
+    answers = [{"node": f"n{i}", "sees_folder": True, "clock_s": 1e9 + i * apart_s, "sent": {}} for i in range(2)]
+    found = {check: (value, fine) for check, value, fine in health._node_checks(answers)}
+    assert found["clocks of the nodes"] == (f"{apart_s:.3f} s apart", ok)

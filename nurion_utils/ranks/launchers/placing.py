@@ -81,7 +81,7 @@ def _own_address() -> str:
 SCHEDULERS = {"Slurm": slurm, "PBS Pro": pbs}
 # The launcher is held when all ranks are there: it would end them all when it loses a node.
 SCRIPT = """#!/bin/bash
-{exports}exec > {shared}/job.out 2>&1
+{exports}exec > {shared}/job.out 2>&1 || exit 1
 {launch} &
 echo "$(uname -n) $!" > {shared}/launcher
 wait

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nurion_utils.ranks import failures
-from nurion_utils.ranks.environment import own_environment
+from nurion_utils.ranks.environment import installation, own_environment
 from nurion_utils.ranks.failures import RankError
 from nurion_utils.ranks.processes import Guarded, agent, controller
 from nurion_utils.ranks.processes.folders import on_all_nodes, write_whole
@@ -79,12 +80,12 @@ class RemoteRanks:
         farewell = f"rm -rf {shlex.quote(str(shared))}"
         shared.mkdir(mode=0o700)
         world = {**agent.keys(), "n": self.n, "ranks_per_node": request.ranks_per_node, "cores": request.cores}
-        world["launcher"] = request.launcher
+        world |= {"launcher": request.launcher, "installation": installation()}
         write_whole(shared / "world.json", json.dumps(world).encode())
         os.mkfifo(self.directory / "commands", mode=0o600)
         rank = shlex.join([sys.executable, "-P", str(ENGINE), "--of", str(shared)])
         write_whole(shared / "rank.sh", f"#!/bin/sh\n{exports(request.env)}exec {rank}\n".encode())
-        launch = f"{request.launcher} sh {shlex.quote(str(shared / 'rank.sh'))}"
+        launch = f"{request.launcher} {shlex.join(['sh', '-c', START, str(shared / 'rank.sh'), sys.executable])}"
         launcher, env = ["sh", "-c", f"exec {launch}"], {**own_environment(), **request.launcher_env}
         if batch := request.batch:
             words = {"launch": launch, "shared": shlex.quote(str(shared)), "exports": exports(request.launcher_env)}
@@ -116,6 +117,7 @@ class RemoteRanks:
         now_s = time.monotonic()
         if now_s - self._asked_s > ASK_EVERY_S:
             self._asked_s = now_s
+            self._look_for_blind_nodes()
             self._ask_launcher() if self._request.batch is None else self._ask_scheduler(self._request.batch)
         if self._starting_s and now_s > self._starting_s + START_TIMEOUT_S:
             raise RankError(f"the ranks did not start within {START_TIMEOUT_S:.0f} s{self._words()}")
@@ -211,6 +213,12 @@ class RemoteRanks:
     def _words(self) -> str:
         return failures.last_output([*self.names, "launcher"], self.directory)
 
+    def _look_for_blind_nodes(self) -> None:
+        for file in (self.directory / "launcher.log", self._shared / "job.out"):
+            with contextlib.suppress(OSError):
+                if fault := BLIND.search(file.read_text(errors="replace")):
+                    raise RankError(fault[0])
+
     def _ask_launcher(self) -> None:
         if self._guarded.has_ended("launcher"):
             raise RankError(f"the ranks did not start: the launcher {self._request.launcher!r} ended{self._words()}")
@@ -233,7 +241,9 @@ class RemoteRanks:
             raise RankError(f"job {id} can never run: {state.reason}")
         elif state.ended:
             output = self._shared / "job.out"
-            words = output.read_text()[-2000:] if output.exists() else ""
+            words = f"it wrote nothing: its first node must see {self._shared.parent}, as all nodes must"
+            if output.exists():
+                words = output.read_text()[-2000:]
             raise RankError(f"job {id} ended before its ranks had started ({state.name} {state.reason})\n{words}")
         waited_s = time.monotonic() - self._began_s
         if batch.wait_s is not None and not self._starting_s and waited_s > batch.wait_s:
@@ -250,4 +260,10 @@ def exports(env: Mapping[str, str]) -> str:
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
 
 
+# What a node is first asked to run, with what it must see: the first of these files is run.
+START = (
+    'for each in "$0" "$@"; do [ -r "$each" ] || { echo "node $(uname -n) does not see $each: the home folder and the '
+    'environment must be on file systems that all nodes share" >&2; exit 1; }; done; exec sh "$0"'
+)
+BLIND = re.compile(r"node \S+ does not see .*")
 MIRROR = "from nurion_utils.ranks.processes.agent import mirror; mirror()"

@@ -129,7 +129,7 @@ def look_after(child: int, rank: int, shared: Path, world: dict[str, Any], where
     poller = zmq.Poller()
     for each in (dealer, ending):
         poller.register(each, zmq.POLLIN)
-    told, logged, beat_s, status = {}, 0, 0.0, ""
+    told, logged, beat_s, status, held = {}, 0, 0.0, "", None
     silent_at_s, heard = time.monotonic() + FIRST_S, False
     tell = partial(_tell, dealer)
     while time.monotonic() < silent_at_s:
@@ -150,12 +150,13 @@ def look_after(child: int, rank: int, shared: Path, world: dict[str, Any], where
             if word == b"end":
                 status or os.kill(child, signal.SIGKILL)
                 tell(b"file", "gone", b"1")
-                _signal_launcher(shared, signal.SIGCONT)
+                _let_go(held)
                 time.sleep(LINGER_S)  # MPI's launcher ends all others when the first one leaves
                 return
             with contextlib.suppress(OSError):
                 if word == b"hold":
-                    tell(b"file", "held", _signal_launcher(shared, signal.SIGSTOP))
+                    held = _hold_launcher(shared)
+                    tell(b"file", "held", b"1")
                 if word == b"ask":
                     _ask(own)
                 if word == b"signal" and not status:
@@ -164,7 +165,7 @@ def look_after(child: int, rank: int, shared: Path, world: dict[str, Any], where
                     if int(arguments[0]) == ASK_AROUND:
                         tell(b"file", "state", kernel.state(child).encode())
                     os.kill(child, int(arguments[0]))
-    _signal_launcher(shared, signal.SIGCONT)
+    _let_go(held)
     shutil.rmtree(shared, ignore_errors=True)  # the notebook is gone, and all that would do it
 
 
@@ -185,13 +186,20 @@ def _tell_news(own: Path, told: dict[str, bytes], logged: int, tell: Callable[[b
     return logged
 
 
-def _signal_launcher(shared: Path, number: int) -> bytes:
-    """Signal the launcher in a job's script, if it runs on this node: held, it does not end all ranks for one node."""
+def _hold_launcher(shared: Path) -> int | None:
+    """Stop the launcher in a job's script, if it runs on this node: held, it does not end all ranks for one node."""
     with contextlib.suppress(OSError, ValueError):
         node, pid = (shared / "launcher").read_text().split()
         if node == os.uname().nodename:
-            os.kill(int(pid), number)
-    return b"done"
+            os.kill(int(pid), signal.SIGSTOP)
+            return int(pid)
+    return None
+
+
+def _let_go(launcher: int | None) -> None:
+    """Or the job would stay; the folder that tells of the launcher may be gone by now, by another agent's hand."""
+    with contextlib.suppress(OSError):
+        launcher and os.kill(launcher, signal.SIGCONT)
 
 
 def _ask(own: Path) -> None:
