@@ -65,6 +65,12 @@ ROWS = [
         "nurion_utils", "ipyparallel", "own time", 0.2),
     Row("start", "start of 4 ranks against a plain ipyparallel.Cluster", "start",
         "nurion_utils", "ipyparallel", "time", 0.6),
+    Row("start_slurm", "start of 4 ranks through Slurm on 4 virtual nodes against ipyparallel's engines", "start",
+        "nurion_utils", "ipyparallel", "time", 0.6, {"nodes": 4}),
+] + [
+    Row(f"call_{n}", f"world.run of nothing on {n} ranks against ipyparallel's apply_sync", "calls",
+        "run", "apply_sync", "time", None, {"n_ranks": n})
+    for n in (2, 16, 64)
 ]  # fmt: skip
 # Time of our allreduces by that of MPI's own, by ranks and by size of the array.
 SIZES = {"4 KiB": 2**12, "64 KiB": 2**16, "1 MiB": 2**20, "16 MiB": 2**24, "256 MiB": 2**28}

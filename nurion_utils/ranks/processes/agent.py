@@ -160,11 +160,7 @@ def look_after(child: int, rank: int, shared: Path, world: dict[str, Any], where
                 if word == b"ask":
                     _ask(own)
                 if word == b"signal" and not status:
-                    if int(arguments[0]) == ASK:
-                        told["stack"] = os.truncate(f"{own}.stack", 0)
-                    if int(arguments[0]) == ASK_AROUND:
-                        tell(b"file", "state", kernel.state(child).encode())
-                    os.kill(child, int(arguments[0]))
+                    _signal(child, int(arguments[0]), own, told, tell)
     _let_go(held)
     shutil.rmtree(shared, ignore_errors=True)  # the notebook is gone, and all that would do it
 
@@ -200,6 +196,16 @@ def _let_go(launcher: int | None) -> None:
     """Or the job would stay; the folder that tells of the launcher may be gone by now, by another agent's hand."""
     with contextlib.suppress(OSError):
         launcher and os.kill(launcher, signal.SIGCONT)
+
+
+def _signal(
+    child: int, number: int, own: Path, told: dict[str, bytes], tell: Callable[[bytes, str, bytes], None]
+) -> None:
+    if number == ASK:
+        told["stack"] = os.truncate(f"{own}.stack", 0)
+    if number == ASK_AROUND:
+        tell(b"file", "state", kernel.state(child).encode())
+    os.kill(child, number)
 
 
 def _ask(own: Path) -> None:
