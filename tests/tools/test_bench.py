@@ -20,6 +20,7 @@ from nurion_utils.training.models import cosmoflow_small
 ROOT = Path(__file__).resolve().parents[2]
 
 import blocks  # noqa: E402
+import calls  # noqa: E402
 import collective  # noqa: E402
 import groups  # noqa: E402
 import imports  # noqa: E402
@@ -121,6 +122,12 @@ def _stopped_descendants() -> int:
 def test_allreduces_are_timed_in_turn_on_real_ranks():
     times = collective.measure(n_ranks=2, size_bytes=4096, pairs=1, block_s=0.01).query("pair == 0")
     assert times["contender"].tolist() == ["native", "ring", "shared"] and (times["time_s"] > 0).all()
+
+
+@pytest.mark.ranks
+def test_calls_are_timed_in_turn_on_the_same_ranks():
+    times = calls.measure(n_ranks=2, pairs=1, block_s=0.01).query("pair == 0")
+    assert times["contender"].tolist() == ["run", "apply_sync"] and (times["time_s"] > 0).all()
 
 
 @pytest.mark.skipif(not shutil.which("rsync"), reason="rsync is not installed")
