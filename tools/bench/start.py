@@ -23,10 +23,6 @@ PEER = (
 )
 # One engine on each node, as many as our ranks; unlike those they form no world of MPI.
 TEMPLATE = "#!/bin/sh\n#SBATCH --nodes=4 --ntasks-per-node=1 --output=/dev/null\nsrun {program_and_args}\n"
-SLURM = (
-    "engines='slurm', controller_ip='*', "
-    f"config=traitlets.config.Config(SlurmEngineSetLauncher={{'batch_template': {TEMPLATE!r}}})"
-)
 
 
 def measure(pairs: int = 5, nodes: int = 0) -> pd.DataFrame:
@@ -37,7 +33,10 @@ def measure(pairs: int = 5, nodes: int = 0) -> pd.DataFrame:
     with contextlib.ExitStack() as stack:
         if nodes:
             cluster = stack.enter_context(Cluster(nodes))
-            prefix, ours, peer = cluster.command([]), ", site='slurm'", SLURM
+            launcher = {"batch_template": TEMPLATE, "batch_file_name": str(cluster.directory / "engines.sbatch")}
+            config = f"traitlets.config.Config(SlurmEngineSetLauncher={launcher!r})"
+            peer = f"engines='slurm', controller_ip='*', config={config}"
+            prefix, ours = cluster.command([]), ", site='slurm'"
             environment = {**cluster.environment, "HOME": str(cluster.directory)}
 
         def starting(begin: str, end: str) -> float:
