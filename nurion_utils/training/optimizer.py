@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from nurion_utils._checks import positive
 from nurion_utils.training.reduction import HorovodReduction, PluggedReduction, as_agreed, kind_of
 
 
@@ -22,6 +23,8 @@ def DistributedOptimizer(  # the name that the field knows
     *,
     reducer: Callable[[np.ndarray], None] | None = None,
     observer: Callable[[list, Callable[[list], list], int], list] | None = None,
+    bucket_mb: float = 8,
+    compression: Any = None,
 ) -> keras.optimizers.Optimizer:
     """Make an optimizer average its gradients over all ranks before it clips and applies them.
 
@@ -42,7 +45,12 @@ def DistributedOptimizer(  # the name that the field knows
     observer : callable, optional
         Sees the gradients before and after, such as `nurion_utils.large_batch.NoiseScale`: called with this rank's
         gradients, the function that averages such a list, and how many accumulated batches they are means of, it
-        returns the averages. A scalar that it adds to the list travels in the same message.
+        returns the averages. A scalar that it adds to the list travels with them.
+    bucket_mb : float
+        Gradients travel in buckets of about so many 10^6 bytes, those of the last layers first, while those before
+        them are still being computed; ``bucket_mb=1e6`` makes one message of all, which waits for the first layer.
+    compression : optional
+        One of Horovod's: ``hvd.Compression.fp16`` halves the bytes, and rounds each gradient to 11 bits.
 
     Raises
     ------
@@ -56,8 +64,9 @@ def DistributedOptimizer(  # the name that the field knows
 
     Notes
     -----
-    One grouped allreduce per update and dtype, also with ``gradient_accumulation_steps``. Loss scaling adds that of
-    one number per batch: an overflow on one rank makes all ranks skip the step. A variable without a gradient (None)
+    One grouped allreduce per update, dtype and bucket, also with ``gradient_accumulation_steps``. Where gradients are
+    accumulated, scaled or observed, all are computed before the first is sent. Loss scaling adds an allreduce of one
+    number per batch: an overflow on one rank makes all ranks skip the step. A variable without a gradient (None)
     on all ranks is left alone, as by Keras. If ranks differ in that, from then on a None counts as zero, for all.
 
     Sparse gradients (of embeddings) are gathered, so each rank holds the slices of all; with a `reducer` they are made
@@ -74,7 +83,12 @@ def DistributedOptimizer(  # the name that the field knows
             raise TypeError(f"observer must be callable, such as NoiseScale(batch_per_rank=32), not {observer!r}")
         if any(isinstance(each, keras.optimizers.MultiOptimizer) for each in nested(optimizer)):
             raise ValueError("an observer must see all gradients at once, but a MultiOptimizer divides them")
-    reduction = HorovodReduction() if reducer is None else PluggedReduction(reducer)
+    size_bytes = 1e6 * positive(bucket_mb, "bucket_mb")
+    if compression is not None and not (hasattr(compression, "compress") and reducer is None):
+        raise TypeError(
+            f"compression must be Horovod's, such as hvd.Compression.fp16, and without a reducer, not {compression!r}"
+        )
+    reduction = HorovodReduction(size_bytes, compression) if reducer is None else PluggedReduction(reducer)
     scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     if keras.config.dtype_policy().name == "mixed_float16" and not scaled and not optimizer.built:
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")

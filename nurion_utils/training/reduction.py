@@ -1,5 +1,6 @@
 """How gradients are averaged over the ranks: by Horovod, or by a function of one's own."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,12 @@ def as_agreed(gradient: Any, variable: keras.Variable, kind: str) -> Any:
     return tf.convert_to_tensor(gradient) if kind == "dense" else gradient
 
 
+@dataclass(frozen=True)
 class HorovodReduction:
-    def __init__(self) -> None:
+    bucket_bytes: float
+    compression: Any  # one of Horovod's
+
+    def __post_init__(self) -> None:
         if hvd is None:
             raise ImportError(
                 "Horovod cannot be imported here: pass reducer=, a function that averages an array over the ranks in "
@@ -55,19 +60,22 @@ class HorovodReduction:
             return gradients
         with tf.name_scope(""):
             averages = list(gradients)
-            dense: dict[tf.DType, list[int]] = {}
-            for i, gradient in enumerate(gradients):
+            buckets: dict[tuple[tf.DType, float], list[int]] = {}  # Horovod wants groups of one dtype
+            begun_bytes: Counter[tf.DType] = Counter()
+            for i, gradient in reversed([*enumerate(gradients)]):  # those of the last layers are known first
                 if isinstance(gradient, tf.IndexedSlices):
                     averages[i] = self._gather(gradient, f"{name}_{i}")
                 else:
                     averages[i] = _without_bfloat16(tf.convert_to_tensor(gradient))
-                    dense.setdefault(averages[i].dtype, []).append(i)
-            for dtype, group in dense.items():  # Horovod wants groups of one dtype
-                sent = [averages[i] for i in group]
-                received = hvd.grouped_allreduce(
-                    sent, op=hvd.Average, name=f"{name}_{dtype.name}", ignore_name_scope=True
-                )
-                for i, average in zip(group, received, strict=True):
+                    dtype = averages[i].dtype
+                    buckets.setdefault((dtype, begun_bytes[dtype] // self.bucket_bytes), []).append(i)
+                    begun_bytes[dtype] += (averages[i].shape.num_elements() or 0) * dtype.size
+            how = {"compression": self.compression or hvd.Compression.none, "ignore_name_scope": True}
+            for (dtype, number), bucket in buckets.items():
+                sent = [averages[i] for i in bucket]
+                name_of_bucket = f"{name}_{dtype.name}_{number:.0f}"
+                received = hvd.grouped_allreduce(sent, op=hvd.Average, name=name_of_bucket, **how)
+                for i, average in zip(bucket, received, strict=True):
                     averages[i] = tf.cast(average, gradients[i].dtype)
             return averages
 

@@ -112,7 +112,7 @@ def test_training_with_too_few_batches_on_one_rank_is_found_out(world):
         samples = 16 if rank() else 8
         model.fit(np.ones((samples, 4)), np.ones((samples, 3)), batch_size=4, verbose=0)
 
-    assert failure(world, fit).startswith(SENTENCE.format("rank 0", "'gradients_float32_1of2' and others"))
+    assert failure(world, fit).startswith(SENTENCE.format("rank 0", "'gradients_float32_0_1of2' and others"))
 
 
 def test_ranks_that_call_collectives_in_different_order_are_all_named(world):

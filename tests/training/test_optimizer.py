@@ -164,7 +164,10 @@ def compare(cases: dict[str, Case]) -> dict[str, tuple[float, float, float]]:
     for name, (alone, way) in train_alone(cases).items():
         case = cases[name]
         keras.config.set_dtype_policy(case.policy)
-        trained = [train(case, DistributedOptimizer(case.optimizer()), *mine) for train in (fit, loop)]
+        trained = [
+            train(case, DistributedOptimizer(case.optimizer(), bucket_mb=bucket_mb), *mine)
+            for train, bucket_mb in ((fit, 8), (loop, 1e-4))  # all gradients in one bucket, and in one each
+        ]
         found[name] = *(distance(weights, alone) for weights in trained), way
     keras.config.set_dtype_policy("float32")
     return found

@@ -79,6 +79,11 @@ def refusals() -> dict[str, str]:
         "divided": lambda: MultiOptimizer(OptimizerMap(DistributedOptimizer(SGD()))),
         "compile of a mixed model": compile_mixed,
         "reducer": lambda: DistributedOptimizer(SGD(), reducer=0.5),
+        "no bucket": lambda: DistributedOptimizer(SGD(), bucket_mb=0),
+        "a name of compression": lambda: DistributedOptimizer(SGD(), compression="fp16"),
+        "compression for a reducer": lambda: DistributedOptimizer(
+            SGD(), reducer=average, compression=horovod.keras.Compression.fp16
+        ),
         "reducer that returns": lambda: train(DistributedOptimizer(SGD(), reducer=lambda gradients: gradients / 2)),
         "XLA": train_with_xla,
         "float8": train_float8,
@@ -96,6 +101,9 @@ REMEDIES = {
     "divided": "a distributed optimizer cannot be wrapped",
     "compile of a mixed model": "DistributedOptimizer(LossScaleOptimizer(optimizer))",
     "reducer": "reducer must be a function that averages an array in place, not 0.5",
+    "no bucket": "ValueError: bucket_mb must be a number above 0, not 0",
+    "a name of compression": "TypeError: compression must be Horovod's, such as hvd.Compression.fp16, ",
+    "compression for a reducer": "and without a reducer, not ",
     "reducer that returns": "it must average the one it gets in place",
     "XLA": "ValueError: XLA cannot compile a training step that communicates: use compile(..., jit_compile=False)",
     "float8": "ValueError: float8 models cannot be trained on several ranks",
@@ -167,6 +175,48 @@ def test_gradients_travel_once_per_update_however_many_batches_it_has(world2):
     # First of all: who has a gradient for which of the four weights?
     assert sizes["plain"] == [4] + [parameters] * 2
     assert sorted(sizes["scaled"]) == [1] * STEPS + [4] + [parameters] * 2  # and one number: has anyone overflown?
+
+
+def test_the_gradients_of_the_last_layers_travel_first_in_buckets_of_the_wanted_size(world2):
+    def sent(bucket_mb):
+        import horovod.tensorflow as hvd
+
+        from nurion_utils.training import DistributedOptimizer
+
+        model = keras.Sequential(
+            [keras.Input((6,)), *[keras.layers.Dense(50) for _ in range(4)], keras.layers.Dense(3)]
+        )
+        model.compile(DistributedOptimizer(SGD(0.1), bucket_mb=bucket_mb), "mse")
+        with mock.patch.object(hvd, "grouped_allreduce", wraps=hvd.grouped_allreduce) as allreduce:
+            model.fit(batches(), verbose=0)
+        return [[tuple(gradient.shape) for gradient in call.args[0]] for call in allreduce.call_args_list]
+
+    last, middle, first = [(3,), (50, 3)], [(50,), (50, 50)], [(50,), (6, 50)]
+    assert world2.run(sent, 0.02)[0] == [[*last, *middle, *middle], [*middle, *first]]
+    assert world2.run(sent, 0.0105)[0] == [[*last, *middle], middle, [*middle, *first]]
+    assert world2.run(sent, 8)[0] == [[*last, *middle * 3, *first]]
+
+
+def test_training_ends_at_the_same_bits_whatever_the_buckets(world4):
+    def train_with_each():
+        from nurion_utils.training import DistributedOptimizer
+
+        return [[w.tobytes() for w in train(DistributedOptimizer(Adam(0.1), bucket_mb=mb))] for mb in (1e-4, 3e-4, 8)]
+
+    found = world4.run(train_with_each, timeout_s=240)
+    assert all(weights == found[0][0] for each in found for weights in each)
+
+
+def test_compressed_gradients_are_averaged_to_the_rounding_of_half_precision(world2):
+    def compare():
+        import horovod.tensorflow as hvd
+
+        from nurion_utils.training import DistributedOptimizer
+
+        exact = train(DistributedOptimizer(SGD(0.1)))
+        return distance(train(DistributedOptimizer(SGD(0.1), compression=hvd.Compression.fp16)), exact)
+
+    assert all(0 < difference <= 2.0**-11 for difference in world2.run(compare))
 
 
 def test_a_reducer_of_ones_own_trains_as_horovod_does(world2):
