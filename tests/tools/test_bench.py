@@ -1,5 +1,6 @@
 """The benches: fair contenders, honest arithmetic. How fast anything is, is not tested here."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import staging  # noqa: E402
 import staging_nodes  # noqa: E402
 from run import ROWS, Row, summarise, table  # noqa: E402
 
-TINY = {"size": 8, "batch": 1, "block_s": 0.02}
+TINY = {"network": 8, "batch": 1, "block_s": 0.02}
 
 
 def row(figure: str, bar: float | None) -> Row:
@@ -105,7 +106,7 @@ def test_imports_are_timed_in_a_fresh_python():
 
 @pytest.mark.ranks
 def test_our_ranks_train_in_every_way_and_sleep_in_between():
-    with groups.our_ranks(["alone", "distributed", "by hand"], **TINY) as ours:
+    with groups.training(["alone", "distributed", "by hand", "one message", "half precision"], **TINY) as ours:
         assert all(time_step() > 0 for time_step in ours.values())
         deadline = time.monotonic() + 20  # a signal to stop is obeyed when the process next runs, not when it is sent
         while (stopped := _stopped_descendants()) < 2 and time.monotonic() < deadline:
@@ -153,16 +154,15 @@ def test_four_nodes_get_all_files_in_each_way(permitted: None, monkeypatch: pyte
     assert (times["time_s"] > 0).all()
 
 
-@pytest.mark.tensorflow
-@pytest.mark.parametrize("module", ["peer_tensorflow", "peer_torch"])
-def test_a_peer_trains_and_leaves_nothing(module: str):
-    if module == "peer_torch":
+@pytest.mark.ranks
+@pytest.mark.parametrize("network", [8, [6, 5, 4]])
+@pytest.mark.parametrize("name", ["tensorflow", "torch"])
+def test_a_peer_trains(name: str, network: int | list[int]):
+    if name == "torch":
         pytest.importorskip("torch", reason="PyTorch comes with make bench")
-    with groups.peer(module, **TINY) as time_step:
-        assert time_step() > 0
-        processes = [p for p in psutil.Process().children() if module in p.cmdline()]
-        assert len(processes) == 2
-    assert not any(process.is_running() for process in processes)
+    peer = importlib.import_module(f"peer_{name}")
+    with groups.training([name], **{**TINY, "network": network}, prepare=peer.prepare) as times:
+        assert times[name]() > 0
 
 
 @pytest.mark.parametrize("size", [8, 32])

@@ -3,7 +3,7 @@
 import pandas as pd
 import rank_side
 from blocks import alternate
-from groups import our_ranks
+from groups import training
 
 
 def measure(model: str, batch: int, pairs: int = 20, block_s: float = 1.5) -> pd.DataFrame:
@@ -16,24 +16,21 @@ def measure(model: str, batch: int, pairs: int = 20, block_s: float = 1.5) -> pd
     batch : int
         Samples per rank.
     """
-    with our_ranks(["observed", "plain"], model, batch, block_s, _prepare) as contenders:
+    with training(["observed", "plain"], model, batch, block_s, _prepare) as contenders:
         return alternate(contenders, pairs)
 
 
 def _prepare(ways: list[str], model: str, batch: int) -> None:
     import horovod.tensorflow as hvd
     import keras
-    import tensorflow as tf
 
     from nurion_utils.large_batch import NoiseScale
     from nurion_utils.training import DistributedOptimizer, models
 
     hvd.init()
-    generator = tf.random.Generator.from_seed(hvd.rank())
     for way in ways:
         observer = NoiseScale(batch) if way == "observed" else None
         keras.utils.set_random_seed(0)
         network = models.cosmoflow_small(32) if model == "cosmoflow_small" else models.mlp()
-        x, y = (generator.normal((batch, *shape[1:])) for shape in (network.input_shape, network.output_shape))
         optimizer = DistributedOptimizer(keras.optimizers.SGD(1e-4, momentum=0.9), observer=observer)
-        rank_side._steps[way] = rank_side._step(network, optimizer, x, y)
+        rank_side.steps[way] = rank_side.step_of(network, optimizer, *rank_side.samples(network, batch, hvd.rank()))

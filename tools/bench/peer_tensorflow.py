@@ -5,28 +5,26 @@
 
 import json
 import os
-from collections.abc import Callable
-from pathlib import Path
+from typing import Any
+
+import rank_side
 
 
-def prepare(rank: int, directory: Path, size: int, batch: int) -> Callable[[], float]:
-    """Return a function that takes one training step together with the other rank."""
-    ports = json.loads((directory / "ports").read_text())
-    cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
-    os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": rank}})
+def prepare(ways: list[str], network: Any, batch: int) -> None:
+    """Make the one step "tensorflow"."""
+    rank, addresses = rank_side.addresses()
+    task = {"type": "worker", "index": rank}
+    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
     import keras
     import tensorflow as tf
-
-    from nurion_utils.training.models import cosmoflow_small
 
     how = tf.distribute.experimental
     strategy = tf.distribute.MultiWorkerMirroredStrategy(
         communication_options=how.CommunicationOptions(implementation=how.CommunicationImplementation.RING)
     )
-    generator = tf.random.Generator.from_seed(rank)
-    x, y = generator.normal((batch, size, size, size, 1)), generator.normal((batch, 3))
     with strategy.scope():
-        model = cosmoflow_small(size)
+        model = rank_side.network(network)
+        x, y = rank_side.samples(model, batch, rank)
         optimizer = keras.optimizers.SGD(1e-4, momentum=0.9)
         variables = model.trainable_variables
         optimizer.build(variables)
@@ -41,4 +39,4 @@ def prepare(rank: int, directory: Path, size: int, batch: int) -> Callable[[], f
     def step(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         return strategy.run(replica_step, args=(x, y))
 
-    return lambda: step(x, y)
+    rank_side.steps["tensorflow"] = lambda: step(x, y)

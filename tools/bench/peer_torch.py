@@ -1,8 +1,6 @@
 """The peer: PyTorch's DistributedDataParallel over gloo, in the memory layout in which it is faster."""
 
-from collections.abc import Callable
-from pathlib import Path
-
+import rank_side
 import torch
 from torch import distributed, nn
 
@@ -14,8 +12,11 @@ class SamePadding(nn.ConstantPad3d):
         super().__init__(((width - 1) // 2, width // 2) * 3, 0.0)
 
 
-def network(size: int, outputs: int = 3) -> nn.Module:
-    """`nurion_utils.training.models.cosmoflow_small`, layer by layer."""
+def network(size: int | list[int], outputs: int = 3) -> nn.Module:
+    """`rank_side.network`, layer by layer."""
+    if isinstance(size, list):
+        pairs = zip([size[0], *size], size, strict=False)
+        return nn.Sequential(*[layer for widths in pairs for layer in (nn.Linear(*widths), nn.ReLU())])
 
     def convolution(before: int, after: int, width: int) -> list[nn.Module]:
         # An odd kernel pads by itself, which is faster.
@@ -34,16 +35,21 @@ def network(size: int, outputs: int = 3) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def prepare(rank: int, directory: Path, size: int, batch: int) -> Callable[[], float]:
-    """Return a function that takes one training step together with the other rank."""
+def prepare(ways: list[str], size: int | list[int], batch: int) -> None:
+    """Make the one step "torch", of `nn.parallel.DistributedDataParallel`."""
+    rank, addresses = rank_side.addresses()
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=2)
+    distributed.init_process_group("gloo", f"tcp://{addresses[0]}", rank=rank, world_size=len(addresses))
     torch.manual_seed(rank)
-    layout = torch.channels_last_3d
-    model = nn.parallel.DistributedDataParallel(network(size).to(memory_format=layout), gradient_as_bucket_view=True)
+    model = network(size)
+    if isinstance(size, list):
+        x = torch.randn(batch, size[0])
+    else:
+        layout = {"memory_format": torch.channels_last_3d}
+        model, x = model.to(**layout), torch.randn(batch, 1, size, size, size).to(**layout)
+    y = torch.randn(model(x).shape)
+    model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    x = torch.randn(batch, 1, size, size, size).contiguous(memory_format=layout)
-    y = torch.randn(batch, 3)
 
     def step() -> float:
         optimizer.zero_grad()
@@ -52,4 +58,4 @@ def prepare(rank: int, directory: Path, size: int, batch: int) -> Callable[[], f
         optimizer.step()
         return float(loss.detach())
 
-    return step
+    rank_side.steps["torch"] = step

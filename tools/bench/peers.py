@@ -1,15 +1,31 @@
-"""The same training, network, batch and cores in other libraries."""
+"""The same training, network, batch and cores in other libraries, on one machine or over a link."""
 
 import pandas as pd
+import peer_tensorflow
+import peer_torch
 from blocks import alternate
-from groups import our_ranks, peer
+from groups import training
 
 
-def measure(size: int, batch: int, pairs: int = 20, block_s: float = 1.5) -> pd.DataFrame:
-    """Time a training step on `batch` volumes of ``size``^3 per rank; see `blocks.alternate` for the table."""
+def measure(
+    network: int | list[int], batch: int, rate_mbit: float | None = None, pairs: int = 20, block_s: float = 1.5
+) -> pd.DataFrame:
+    """Time a training step of two ranks; see `blocks.alternate` for the table.
+
+    Parameters
+    ----------
+    network
+        Side of the volumes of `nurion_utils.training.models.cosmoflow_small`, or the widths of a perceptron.
+    batch
+        Samples per rank.
+    rate_mbit
+        Of the links between two virtual nodes, in 10^6 bit/s; None for two ranks of one machine.
+    """
+    ways = ["distributed", "alone", "one message", "half precision"]
+    how = network, batch, block_s
     with (
-        our_ranks(["distributed"], size, batch, block_s) as ours,
-        peer("peer_torch", size, batch, block_s) as torch,
-        peer("peer_tensorflow", size, batch, block_s) as tensorflow,
+        training(ways, *how, rate_mbit=rate_mbit) as ours,
+        training(["torch"], *how, peer_torch.prepare, rate_mbit) as torch,
+        training(["tensorflow"], *how, peer_tensorflow.prepare, rate_mbit) as tensorflow,
     ):
-        return alternate({**ours, "torch": torch, "tensorflow": tensorflow}, pairs)
+        return alternate({**ours, **torch, **tensorflow}, pairs)
