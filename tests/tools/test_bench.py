@@ -165,6 +165,7 @@ def test_a_peer_trains(name: str, network: int | list[int]):
         assert times[name]() > 0
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("size", [8, 32])
 def test_the_peer_in_pytorch_is_the_same_network(size: int):
     torch = pytest.importorskip("torch", reason="PyTorch comes with make bench")
