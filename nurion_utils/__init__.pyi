@@ -5,6 +5,7 @@ from . import datasets as datasets
 from . import health as health
 from . import jobs as jobs
 from . import large_batch as large_batch
+from . import models as models
 from . import ranks as ranks
 from . import recordings as recordings
 from . import schedulers as schedulers

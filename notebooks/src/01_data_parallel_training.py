@@ -84,8 +84,8 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
+from nurion_utils import models
 from nurion_utils.datasets import digits
-from nurion_utils.training import models
 
 hvd.init()
 keras.utils.set_random_seed(1)  # the same initial weights on all ranks
@@ -134,8 +134,9 @@ def train_digits(average, sharded: bool, batch_size: int = 32, epochs: int = 3, 
     import horovod.tensorflow as hvd
     import keras
 
+    from nurion_utils import models
     from nurion_utils.datasets import Shard, digits
-    from nurion_utils.training import BroadcastCallback, SyncCheckCallback, models
+    from nurion_utils.training import BroadcastCallback, SyncCheckCallback
 
     hvd.init()
     x, y, x_test, y_test = digits.load()
@@ -344,8 +345,9 @@ def train_volumes(directory: str, size: int, epochs: int) -> dict:
     import horovod.tensorflow as hvd
     import keras
 
+    from nurion_utils import models
     from nurion_utils.datasets import Shard, volumes
-    from nurion_utils.training import BroadcastCallback, DistributedOptimizer, models
+    from nurion_utils.training import BroadcastCallback, DistributedOptimizer
 
     hvd.init()
     reader = volumes.Volumes(Path(directory) / "train")
@@ -409,8 +411,9 @@ learned.style.format("{:.2f}")
 def time_steps(batch_per_rank: int, size: int, rounds: int, stages: tuple) -> "pd.DataFrame":
     from mpi4py import MPI
 
+    from nurion_utils import models
     from nurion_utils.datasets import Shard
-    from nurion_utils.training import models, step_timing
+    from nurion_utils.training import step_timing
 
     comm = MPI.COMM_WORLD
     rng = np.random.default_rng(comm.rank)  # each rank its own random volumes: only the time matters
@@ -503,7 +506,7 @@ print(
 # **Predict:** does the efficiency at 8192 nodes suffer from the size of the gradients or from the number of messages?
 
 # %%
-from nurion_utils.training import models
+from nurion_utils import models
 
 alpha_s, bandwidth, compute_s = 2e-6, 8e9, 0.129
 gradient_bytes = 4 * models.COSMOFLOW_WEIGHTS
@@ -535,7 +538,8 @@ pd.DataFrame(
 # %%
 def footprints() -> dict:
     """What some models take in training; built on a rank, where TensorFlow is loaded."""
-    from nurion_utils.training import memory, models
+    from nurion_utils import models
+    from nurion_utils.training import memory
 
     return {
         "CosmoFlow, 128^3 volumes": memory.footprint(models.cosmoflow(), "adam"),
@@ -588,8 +592,8 @@ import numpy as np
 import tensorflow as tf
 from mpi4py import MPI
 
+from nurion_utils import models
 from nurion_utils.datasets import digits
-from nurion_utils.training import models
 
 comm = MPI.COMM_WORLD
 x, y, _, _ = digits.load()
@@ -732,8 +736,9 @@ def train_elastically(epochs: int) -> tuple[int, float]:
     import horovod.tensorflow as hvd
     import keras
 
+    from nurion_utils import models
     from nurion_utils.datasets import Shard, digits
-    from nurion_utils.training import DistributedOptimizer, ElasticState, elastic_run, models
+    from nurion_utils.training import DistributedOptimizer, ElasticState, elastic_run
 
     x, y, x_test, y_test = digits.load()
     keras.utils.set_random_seed(1)

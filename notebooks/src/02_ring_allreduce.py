@@ -67,7 +67,7 @@ print(array)
 # Right on all ranks. But rank 0 received $(P-1)N$ bytes and sent as many, while the others' links were idle most of the time. What does that mean for the 28 MB of CosmoFlow's gradient on all of Nurion's nodes?
 
 # %%
-from nurion_utils.training import models
+from nurion_utils import models
 
 link = allreduce.Link.of(nurion)
 gradient_bytes = 4 * models.COSMOFLOW_WEIGHTS  # float32
@@ -548,9 +548,9 @@ def twenty_steps(with_what: str) -> tuple:
     import keras
     from mpi4py import MPI
 
-    from nurion_utils import allreduce
+    from nurion_utils import allreduce, models
     from nurion_utils.datasets import Shard, digits
-    from nurion_utils.training import DistributedOptimizer, models
+    from nurion_utils.training import DistributedOptimizer
 
     comm = MPI.COMM_WORLD
     ring = allreduce.ring(comm.size)

@@ -33,10 +33,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from nurion_utils import backends, jobs, ranks, recordings, style, timing
+from nurion_utils import backends, jobs, models, ranks, recordings, style, timing
 from nurion_utils.backends import recording, timeline
 from nurion_utils.backends.timeline import draw
-from nurion_utils.training import models
 
 style.use()
 files = Path(tempfile.mkdtemp())
@@ -582,8 +581,9 @@ def trained(how: str) -> list:
     import keras
     from mpi4py import MPI
 
+    from nurion_utils import models
     from nurion_utils.datasets import Shard, digits
-    from nurion_utils.training import DistributedOptimizer, models
+    from nurion_utils.training import DistributedOptimizer
 
     comm = MPI.COMM_WORLD
 

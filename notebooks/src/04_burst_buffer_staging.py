@@ -384,9 +384,9 @@ def train(sources: dict, size: int, epochs: int) -> list:
     import horovod.tensorflow as hvd
     import keras
 
-    from nurion_utils import timing
+    from nurion_utils import models, timing
     from nurion_utils.datasets import pipeline
-    from nurion_utils.training import DistributedOptimizer, models
+    from nurion_utils.training import DistributedOptimizer
 
     hvd.init()
     networks, data, steps, rows = {}, {}, {}, []

@@ -16,14 +16,13 @@ import numpy as np
 import pandas as pd
 
 import nurion_utils.ranks
-from nurion_utils import timing
+from nurion_utils import models, timing
 from nurion_utils._checks import one_of, positive, whole_number
 from nurion_utils.backends import choosing
 from nurion_utils.backends.choosing import Backend, named
 from nurion_utils.backends.measuring import TIMEOUT_S, BackendWorlds, written_by_rank_0
 from nurion_utils.backends.process import init, shutdown
 from nurion_utils.ranks import World
-from nurion_utils.training import models
 from nurion_utils.training.memory import FUSION_BUFFER_BYTES
 
 if TYPE_CHECKING:

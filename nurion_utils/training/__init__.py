@@ -1,4 +1,4 @@
-"""Data-parallel training: Keras 3 on Horovod, and the models that learn.
+"""Data-parallel training: Keras 3 on Horovod.
 
 Each name loads its module, and with it TensorFlow, when it is first used.
 """

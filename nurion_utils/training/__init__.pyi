@@ -2,7 +2,6 @@ from . import callbacks as callbacks
 from . import communicator as communicator
 from . import elastic as elastic
 from . import memory as memory
-from . import models as models
 from . import optimizer as optimizer
 from . import step_timing as step_timing
 from .batch_norm import GroupedBatchNormalization as GroupedBatchNormalization

@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nurion_utils import backends, ranks, recordings, timing
+from nurion_utils import backends, models, ranks, recordings, timing
 from nurion_utils.backends import Backend, BackendError, measuring, process
 from nurion_utils.ranks import watching
-from nurion_utils.training import models
 
 DTYPES = ["float32", "float64", "int32", "int64"]
 LENGTHS = [1, 2, 3, 7, 1000, 65_537]  # odd ones too: three ranks cannot cut them into equal parts
@@ -416,7 +415,7 @@ def test_epochs_that_cannot_be_are_refused_before_anything_starts(arguments, wor
 
 def with_a_smaller_network() -> None:
     """On every rank: epochs of a perceptron, whose 4 MB of gradients need less time than the 102 MB of ResNet-50."""
-    from nurion_utils.training import models
+    from nurion_utils import models
 
     models.resnet50 = lambda image: models.mlp((image, 1000, 1000, 10))
 

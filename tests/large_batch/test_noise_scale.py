@@ -98,7 +98,7 @@ def digits(rank: int, world_size: int, batch: int = 32) -> tuple[np.ndarray, np.
 def train(optimizer: keras.optimizers.Optimizer, eager: bool = False) -> keras.Model:
     from mpi4py.MPI import COMM_WORLD as world
 
-    from nurion_utils.training.models import mlp
+    from nurion_utils.models import mlp
 
     keras.utils.set_random_seed(1)
     model = mlp()

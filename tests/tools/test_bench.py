@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nurion_utils import timing
-from nurion_utils.training.models import cosmoflow_small
+from nurion_utils.models import cosmoflow_small
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,8 +8,9 @@ def measure(stages: tuple[str, ...]):
     import numpy as np
     from mpi4py import MPI
 
+    from nurion_utils import models
     from nurion_utils.datasets import Shard
-    from nurion_utils.training import models, step_timing
+    from nurion_utils.training import step_timing
 
     x = np.random.default_rng(0).normal(size=(64, 64)).astype("float32")
     y = np.zeros((64, 10), "float32")

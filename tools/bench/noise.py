@@ -12,7 +12,7 @@ def measure(model: str, batch: int, pairs: int = 20, block_s: float = 1.5) -> pd
     Parameters
     ----------
     model : "mlp" or "cosmoflow_small"
-        Of `nurion_utils.training.models`; the latter for volumes of 32^3.
+        Of `nurion_utils.models`; the latter for volumes of 32^3.
     batch : int
         Samples per rank.
     """
@@ -24,8 +24,9 @@ def _prepare(ways: list[str], model: str, batch: int) -> None:
     import horovod.tensorflow as hvd
     import keras
 
+    from nurion_utils import models
     from nurion_utils.large_batch import NoiseScale
-    from nurion_utils.training import DistributedOptimizer, models
+    from nurion_utils.training import DistributedOptimizer
 
     hvd.init()
     for way in ways:

@@ -15,7 +15,7 @@ def measure(
     Parameters
     ----------
     network
-        Side of the volumes of `nurion_utils.training.models.cosmoflow_small`, or the widths of a perceptron.
+        Side of the volumes of `nurion_utils.models.cosmoflow_small`, or the widths of a perceptron.
     batch
         Samples per rank.
     rate_mbit

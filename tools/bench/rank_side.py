@@ -13,7 +13,7 @@ def network(size: int | list[int]) -> Any:
     """The Keras model for volumes of ``size``^3, or a perceptron of these widths, all its layers alike."""
     import keras
 
-    from nurion_utils.training.models import cosmoflow_small
+    from nurion_utils.models import cosmoflow_small
 
     if isinstance(size, int):
         return cosmoflow_small(size)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nurion_utils import sites
+from nurion_utils import models, sites
 from nurion_utils.datasets import digits, volumes
-from nurion_utils.training import memory, models
+from nurion_utils.training import memory
 
 pytestmark = pytest.mark.tensorflow
 
@@ -158,7 +158,8 @@ PEAK = """
 import re
 from pathlib import Path
 import numpy as np
-from nurion_utils.training import memory, models
+from nurion_utils import models
+from nurion_utils.training import memory
 model = models.cosmoflow_small(32)
 model.compile("sgd", "mse", jit_compile=False)
 peaks = []
