@@ -158,7 +158,8 @@ def train(margin_s):
     import horovod.tensorflow as hvd
     import keras
     from nurion_utils.datasets import Shard, digits
-    from nurion_utils.training import DistributedOptimizer, ResumeCallback, models
+    from nurion_utils import models
+    from nurion_utils.training import DistributedOptimizer, ResumeCallback
 
     hvd.init()
     x, y, *_ = digits.load()
