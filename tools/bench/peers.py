@@ -8,7 +8,7 @@ from groups import training
 
 
 def measure(
-    network: int | list[int], batch: int, rate_mbit: float | None = None, pairs: int = 20, block_s: float = 1.5
+    network: int | list[int], batch: int, rate_mbit: float | None = None, pairs: int = 7, block_s: float = 1.5
 ) -> pd.DataFrame:
     """Time a training step of two ranks; see `blocks.alternate` for the table.
 
