@@ -28,6 +28,7 @@ from helpers.clusters import (
     until_at_work,
 )
 
+from nurion_utils import recordings
 from nurion_utils.cluster import Cluster
 
 pytestmark = [pytest.mark.lab, pytest.mark.ranks]
@@ -407,3 +408,11 @@ def processes_with(mark: Path) -> int:
         with contextlib.suppress(psutil.Error):
             found += process.environ().get("NURION_TEST") == str(mark) and process.status() != psutil.STATUS_ZOMBIE
     return found
+
+
+def test_the_recorded_session_of_notebook_06_is_what_slurm_answers() -> None:
+    recorded = recordings.load("slurm_session").query("command != 'ranks.start'").fillna("")
+    with make() as fresh:  # its jobs are numbered from 1
+        for command, output in zip(recorded["command"], recorded["output"], strict=True):
+            ran = fresh.run(["sh", "-c", command], timeout=PATIENCE_S)
+            assert (ran.stdout + ran.stderr).rstrip() == output, command
