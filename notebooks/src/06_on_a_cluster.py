@@ -18,7 +18,7 @@
 # %% tags=["parameters"]
 n_nodes: int = 4  # virtual nodes, an even number from 4 on, one rank each; 2 cores keep up with 4
 link_mbit: float = 200.0  # what the link of each node carries each way, in 10^6 bits per second
-hidden: int = 512  # units in each of two hidden layers of the network that is trained over the links
+hidden: int = 384  # units in each of six hidden layers of the network that is trained over the links
 repeats: int = 5  # of each timing; more narrow the spread
 
 # %%
@@ -248,7 +248,9 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# The dashes add what you predicted to the measured time of *alone*. The points lie above: a bound is not a forecast. Start-up times of messages, Horovod's agreement on which tensors are ready (*negotiation*) and processes that take turns on few cores are candidates, which this measurement cannot tell apart. How much of the step half precision saved is printed above; it says little about another network:
+# The dashes add what you predicted to the measured time of *alone*: nothing is hidden. The dots are for a link that works all the time while the ranks compute. The points lie above the dashes: a bound is not a forecast. Start-up times of messages, Horovod's agreement on which tensors are ready (*negotiation*) and processes that take turns on few cores are candidates, which this measurement cannot tell apart.
+#
+# Buckets can hide no more than the backward pass, and only where a core is free for messages while another computes. Here four nodes share the cores of this machine, and MPI keeps a core busy while it waits for a message. So do not be surprised if buckets save nothing here; two ranks with a core each and 50 MB of gradients are in the README's table, where they do. What half precision saves says little about another network:
 
 # %%
 from nurion_utils import sites
@@ -504,7 +506,7 @@ assert second_look.count("RUNNING") == 2 and "PENDING" in never and "Partition" 
 assert len({place.split(":")[0].split(" on ")[1] for place in places}) == (n_nodes if on_nodes else 1)
 assert report.loc[report["check"] == "MPI adds up the rank numbers", "ok"].all()
 assert loss.startswith("rank 1 was lost with its node n2")
-assert not on_nodes or times.loc[times["step"] == "single precision", "time_ms"].min() > 0.9 * link_ms
+assert not on_nodes or times.loc[times["step"] == "one message", "time_ms"].min() > 0.9 * link_ms
 assert resumed == undisturbed and 1 <= len(kept) <= 2
 assert "qsub -W depend=afterany" in jobs.script(job)
 assert not jobs.lint(job) and not jobs.lint(for_neuron)
