@@ -252,7 +252,7 @@ axis.set_xticks(range(4), ["alone", "one message", "buckets", "buckets,\nhalf pr
 axis.set_ylabel("time of one step [ms]")
 axis.set_ylim(bottom=0)
 axis.set_title(f"{n_nodes} nodes on links of {link_mbit:.0f} Mbit/s")
-axis.legend()
+axis.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
