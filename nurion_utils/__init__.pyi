@@ -8,6 +8,7 @@ from . import large_batch as large_batch
 from . import models as models
 from . import ranks as ranks
 from . import recordings as recordings
+from . import scaling as scaling
 from . import schedulers as schedulers
 from . import sites as sites
 from . import staging as staging

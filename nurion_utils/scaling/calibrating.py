@@ -1,0 +1,182 @@
+"""The figures of one machine and one program from a few of its runs, and how uncertain they are.
+
+Bayesian: each figure has a prior in the logarithm (`terms.PRIORS`), measured times scatter log-normally, and the
+posterior is taken as normal about its maximum (Laplace's approximation; MacKay 2003, chapter 27).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nurion_utils import sites
+from nurion_utils._checks import require_columns
+from nurion_utils.allreduce import Link
+from nurion_utils.scaling.terms import PRIORS, SPREADS, Prior, Targets, outputs
+from nurion_utils.scaling.workloads import Workload
+from nurion_utils.storage import ParallelFileSystem
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NAMES = list(PRIORS)
+MEASURED = ("step_s", "epoch_s", "samples_per_s")
+# How runs scatter where their source does not say it, and how wrong that may be either way (of its logarithm).
+SCATTER, SCATTER_SPREAD = 0.03, 0.5
+# Where nothing was measured: of a node's peak, with the spread of PRIORS' logarithms. CosmoFlow on KNL had 535 Gflop/s
+# in single precision, twice as fast at its peak as the double precision of a site's description.
+_SUSTAINED = Prior(0.2, 0.7, "chosen", "the share of a node's peak that is reached")
+
+Place = sites.Site | str | Link | None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is known of the figures in `terms.PRIORS`, in their order: normal in the logarithm."""
+
+    mean: np.ndarray  # (figures,)
+    covariance: np.ndarray  # (figures, figures)
+    scatter: float  # of a run about the model: standard deviation of the logarithm
+    statuses: dict[str, str]  # where each figure that counts comes from
+    targets: Targets | None = None
+
+    def values(self) -> dict[str, float]:
+        """Each figure by its name."""
+        return dict(zip(NAMES, np.exp(self.mean).tolist(), strict=True))
+
+
+def calibrate(measurements: pd.DataFrame | None, site: Place, workload: Workload) -> Calibration:
+    """Fit the figures that differ between machines to runs of `workload` on a site.
+
+    `measurements` has a row per run: ``nodes``, and one of ``step_s``, ``epoch_s`` and ``samples_per_s``; also
+    ``batch_per_rank`` where it is not the workload's, and ``scatter_percent`` where it is known. None is for what is
+    known before anything is measured. The site may be a `Link` where nothing else is known, or None. ValueError for
+    columns that are missing, and values that are not above 0.
+    """
+    place = sites.load(site) if isinstance(site, str) else site
+    targets, read = _storage(place, workload)
+    priors = PRIORS | _link(place) | read
+    if measurements is None:
+        priors["sample_s"] = _from_peak(place, workload)
+        mean = np.log([prior.median for prior in priors.values()])
+        covariance, scatter = np.diag([prior.spread**2 for prior in priors.values()]), SCATTER
+    else:
+        runs = Runs.of(measurements, workload)
+        guess = runs.guess(workload)
+        priors["sample_s"] = PRIORS["sample_s"]._replace(median=guess, status="measured")
+        mean, covariance, scatter = _fit(runs, priors, workload, targets)
+    statuses = {name: prior.status for name, prior in priors.items() if targets or name != "read_s_per_byte"}
+    return Calibration(mean, covariance, scatter, statuses, targets)
+
+
+def _link(place: sites.Site | Link | None) -> dict[str, Prior]:
+    """The figures of a link, where they are known."""
+    if isinstance(place, Link):
+        given = {"latency_s": (place.alpha_s, "derived"), "link_s_per_byte": (place.beta_s_per_byte, "derived")}
+    elif place is not None and place.fabric and place.fabric.latency_us and place.fabric.link_gb_per_s:
+        link, figures = Link.of(place), place.fabric.figures
+        given = {
+            "latency_s": (link.alpha_s, figures["latency_us"].status),
+            "link_s_per_byte": (link.beta_s_per_byte, figures["link_gb_per_s"].status),
+        }
+    else:
+        return {}
+    return {
+        name: Prior(median, SPREADS[status], status, PRIORS[name].words) for name, (median, status) in given.items()
+    }
+
+
+def _storage(place: sites.Site | Link | None, workload: Workload) -> tuple[Targets | None, dict[str, Prior]]:
+    if workload.storage is None or not isinstance(place, sites.Site):
+        return None, {}
+    system = ParallelFileSystem.of_site(place, workload.storage)
+    part = dict(place.parts())[
+        "burst_buffer" if workload.storage == "burst_buffer" else f"file_systems.{workload.storage}"
+    ]
+    servers = part.figures["servers" if workload.storage == "burst_buffer" else "targets"]
+    prior = PRIORS["read_s_per_byte"]._replace(
+        median=1e-6 / system.target_mb_per_s, spread=SPREADS[servers.status], status=servers.status
+    )
+    return Targets(system.targets, system.stripe_count), {"read_s_per_byte": prior}
+
+
+def _from_peak(place: sites.Site | Link | None, workload: Workload) -> Prior:
+    """The time to compute a sample, where nothing was measured."""
+    if workload.operations is None or not isinstance(place, sites.Site):
+        raise ValueError(
+            f"nothing is known of the time to compute a sample of {workload.name!r}: give measurements, or the "
+            "workload's operations and a site with a peak"
+        )
+    median = workload.operations * workload.ranks_per_node / (_SUSTAINED.median * place.node.peak_gflops * 1e9)
+    return PRIORS["sample_s"]._replace(median=median, spread=_SUSTAINED.spread)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Measured runs as columns."""
+
+    nodes: np.ndarray
+    batch: np.ndarray
+    measured: str  # one of MEASURED
+    values: np.ndarray
+    scatter: float
+
+    @classmethod
+    def of(cls, table: pd.DataFrame, workload: Workload) -> Runs:
+        """Check and convert a table of measurements."""
+        require_columns(table, ["nodes"])
+        found = [name for name in MEASURED if name in table]
+        if len(found) != 1:
+            raise ValueError(f"measurements need one of the columns {', '.join(MEASURED)}, not {len(found)} of them")
+        nodes = table["nodes"].to_numpy(float)
+        batch = table["batch_per_rank"].to_numpy(float) if "batch_per_rank" in table else workload.batches(nodes)
+        values = table[found[0]].to_numpy(float)
+        for name, column in {"nodes": nodes, "batch_per_rank": batch, found[0]: values}.items():
+            if not len(column) or not (np.isfinite(column) & (column > 0)).all():
+                raise ValueError(f"the column {name} must hold numbers above 0, in one row or more")
+        known = table["scatter_percent"].dropna() if "scatter_percent" in table else []
+        return cls(nodes, batch, found[0], values, known.median() / 100 if len(known) else SCATTER)
+
+    def guess(self, workload: Workload) -> float:
+        """The time to compute a sample, if that were all."""
+        if self.measured == "samples_per_s":
+            return float(np.median(self.nodes * workload.ranks_per_node / self.values))
+        steps = workload.steps(self.nodes, self.batch) if self.measured == "epoch_s" else 1
+        return float(np.median(self.values / (self.batch * steps)))
+
+
+def _fit(runs: Runs, priors: dict[str, Prior], workload: Workload, targets: Targets | None) -> tuple:
+    """The posterior's maximum, its covariance, and the scatter, which is fitted in turn with the rest."""
+    from scipy.optimize import least_squares
+
+    centre = np.log([prior.median for prior in priors.values()])
+    spread = np.array([prior.spread for prior in priors.values()])
+
+    def residuals(mean: np.ndarray, scatter: float) -> np.ndarray:
+        values = dict(zip(NAMES, np.exp(mean), strict=True))
+        ours = outputs(values, workload, targets, runs.nodes, runs.batch, runs.measured)
+        return np.concatenate([np.log(ours / runs.values) / scatter, (mean - centre) / spread])
+
+    mean, scatter = centre, runs.scatter
+    for _ in range(8):
+        solution = least_squares(residuals, mean, args=(scatter,))
+        mean = solution.x
+        scatter = _scatter(residuals(mean, 1.0)[: len(runs.values)], runs.scatter)
+    jacobian = least_squares(residuals, mean, args=(scatter,)).jac
+    return mean, np.linalg.inv(jacobian.T @ jacobian), scatter
+
+
+def _scatter(errors: np.ndarray, believed: float) -> float:
+    """The most probable scatter of errors whose scatter is believed to be so large, give or take SCATTER_SPREAD."""
+    from scipy.optimize import minimize_scalar
+
+    def minus_log(u: float) -> float:
+        return (
+            len(errors) * u
+            + 0.5 * (errors @ errors) * np.exp(-2 * u)
+            + 0.5 * ((u - np.log(believed)) / SCATTER_SPREAD) ** 2
+        )
+
+    return float(np.exp(minimize_scalar(minus_log).x))

@@ -1,0 +1,119 @@
+"""Predictions for any number of nodes, with intervals, and what they depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nurion_utils import sites
+from nurion_utils._checks import whole_number
+from nurion_utils.scaling.calibrating import NAMES, Calibration, Place, calibrate
+from nurion_utils.scaling.terms import PRIORS, epoch_parts, outputs, step_parts
+from nurion_utils.scaling.workloads import STATUSES, Workload
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PARTS = ("compute", "communication", "waiting", "input", "validation", "fixed")
+# Of a normal distribution 95 % lie within so many standard deviations.
+_SIGMAS = 1.96
+
+
+def predict(
+    site: Place, workload: Workload, nodes: int | Sequence[int], calibration: Calibration | None = None
+) -> pd.DataFrame:
+    """What a step and an epoch take on each number of nodes, and of what they are made.
+
+    Without a `calibration` it is what is known before anything is measured. ValueError for a number of nodes that is
+    not one, or more than the site has.
+
+    Returns a row per number of nodes: nodes, batch_per_rank, and of a step compute_s, communication_s (exposed),
+    waiting_s (for the slowest rank), input_s, step_s. Where the samples of an epoch are known also steps, validation_s
+    and fixed_s (of an epoch), epoch_s, node_hours (of an epoch). Then samples_per_s, efficiency (of a node beside one
+    alone), limits (the largest part but computing), and a column NAME_share for each part of an epoch, or of a step.
+    ``step_low_s``, ``step_high_s``, ``epoch_low_s`` and ``epoch_high_s`` hold 95 % of runs. ``status`` is the weakest
+    among the inputs, ``narrows`` the figure that would narrow the interval most if it were known, and
+    ``narrows_share`` by which share of the variance.
+    """
+    import pandas as pd
+
+    place = sites.load(site) if isinstance(site, str) else site
+    nodes = _nodes(place, nodes)
+    known = calibration or calibrate(None, place, workload)
+    batch, values = workload.batches(nodes), known.values()
+    parts = step_parts(values, workload, known.targets, nodes, batch)
+    step = sum(parts.values())
+    columns = {"nodes": nodes.astype(int), "batch_per_rank": batch}
+    columns |= {f"{name}_s": part for name, part in parts.items()} | {"step_s": step}
+    columns |= interval("step_s", known, workload, nodes, batch)
+    of_epoch, whole, told = parts, step, "step_s"
+    if workload.samples is not None:
+        steps = workload.steps(nodes, batch)
+        rest = epoch_parts(values, workload, nodes, batch, step)
+        of_epoch = {name: steps * part for name, part in parts.items()}
+        of_epoch |= {name: rest[name] for name in ("validation", "fixed")}
+        whole, told = sum(of_epoch.values()), "epoch_s"
+        columns |= {"steps": steps.astype(int), "validation_s": rest["validation"], "fixed_s": rest["fixed"]}
+        columns |= {"epoch_s": whole, "node_hours": nodes * whole / 3600}
+        columns |= interval("epoch_s", known, workload, nodes, batch)
+    alone = step_parts(values, workload, known.targets, np.ones_like(nodes), batch)
+    columns |= {"samples_per_s": nodes * workload.ranks_per_node * batch / step}
+    columns |= {"efficiency": sum(alone.values()) / step}
+    shares = {name: part / whole for name, part in of_epoch.items()}
+    names = np.array([name for name in shares if name != "compute"])
+    columns["limits"] = names[np.argmax([shares[name] for name in names], axis=0)]
+    columns |= {f"{name}_share": share for name, share in shares.items()} | doubt(told, known, workload, nodes, batch)
+    columns["status"] = max([*known.statuses.values(), workload.status], key=STATUSES.index)
+    return pd.DataFrame(columns)
+
+
+def _nodes(place: Place, nodes: int | Sequence[int]) -> np.ndarray:
+    most = place.node.count if isinstance(place, sites.Site) and place.partitions else None
+    asked = np.atleast_1d(nodes)
+    if asked.dtype.kind not in "iu":
+        whole_number(asked[0].item() if len(asked) else None, "nodes", most=most)
+    for each in (asked.min(), asked.max()):
+        whole_number(each, "nodes", most=most)
+    return asked.astype(float)
+
+
+def sensitivity(what: str, known: Calibration, workload: Workload, nodes: np.ndarray, batch: np.ndarray) -> np.ndarray:
+    """How the logarithm of an output follows that of each figure: (figures, nodes)."""
+    delta, rows = 1e-4, []
+    for i in range(len(NAMES)):
+        ends = []
+        for sign in (1, -1):
+            mean = known.mean.copy()
+            mean[i] += sign * delta
+            values = dict(zip(NAMES, np.exp(mean), strict=True))
+            ends.append(np.log(outputs(values, workload, known.targets, nodes, batch, what)))
+        rows.append((ends[0] - ends[1]) / (2 * delta))
+    return np.array(rows)
+
+
+def interval(
+    what: str, known: Calibration, workload: Workload, nodes: np.ndarray, batch: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The ends of the interval that holds 95 % of runs, by their columns' names."""
+    slopes = sensitivity(what, known, workload, nodes, batch)
+    variance = np.einsum("in,ij,jn->n", slopes, known.covariance, slopes) + known.scatter**2
+    values = outputs(known.values(), workload, known.targets, nodes, batch, what)
+    name, _, unit = what.rpartition("_")
+    factor = np.exp(_SIGMAS * np.sqrt(variance))
+    return {f"{name}_low_{unit}": values / factor, f"{name}_high_{unit}": values * factor}
+
+
+def doubt(
+    what: str, known: Calibration, workload: Workload, nodes: np.ndarray, batch: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The figure that would narrow the interval most if it were known, and by which share of the variance."""
+    slopes = sensitivity(what, known, workload, nodes, batch)
+    covariances = known.covariance @ slopes  # of each figure with the output
+    gains = covariances**2 / np.diag(known.covariance)[:, None]
+    gains = np.vstack([gains, np.full(len(nodes), known.scatter**2)])
+    total = np.einsum("in,in->n", slopes, covariances) + known.scatter**2
+    words = np.array([*(prior.words for prior in PRIORS.values()), "the scatter of runs"])
+    most = gains.argmax(axis=0)
+    return {"narrows": words[most], "narrows_share": gains.max(axis=0) / total}
