@@ -1,4 +1,4 @@
-"""The whole machine: what a step takes on any number of nodes, predicted with intervals, and held against published runs.
+"""The whole machine: a step on any number of nodes, predicted with intervals and held against published runs.
 
 >>> from nurion_utils import scaling
 >>> table = scaling.predict("nurion", scaling.PUBLISHED["CosmoFlow"], [1, 1024])

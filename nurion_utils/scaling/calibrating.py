@@ -6,6 +6,7 @@ posterior is taken as normal about its maximum (Laplace's approximation; MacKay 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ NAMES = list(PRIORS)
 MEASURED = ("step_s", "epoch_s", "samples_per_s")
 # How runs scatter where their source does not say it, and how wrong that may be either way (of its logarithm).
 SCATTER, SCATTER_SPREAD = 0.03, 0.5
+BETWEEN = 0.5  # how far a figure of one program is from those of others on the same machine (of its logarithm); chosen
 # Where nothing was measured: of a node's peak, with the spread of PRIORS' logarithms. CosmoFlow on KNL had 535 Gflop/s
 # in single precision, twice as fast at its peak as the double precision of a site's description.
 _SUSTAINED = Prior(0.2, 0.7, "chosen", "the share of a node's peak that is reached")
@@ -40,6 +42,7 @@ class Calibration:
     covariance: np.ndarray  # (figures, figures)
     scatter: float  # of a run about the model: standard deviation of the logarithm
     statuses: dict[str, str]  # where each figure that counts comes from
+    prior: np.ndarray  # (2, figures): means and variances before the runs
     targets: Targets | None = None
 
     def values(self) -> dict[str, float]:
@@ -47,28 +50,49 @@ class Calibration:
         return dict(zip(NAMES, np.exp(self.mean).tolist(), strict=True))
 
 
-def calibrate(measurements: pd.DataFrame | None, site: Place, workload: Workload) -> Calibration:
+def calibrate(
+    measurements: pd.DataFrame | None, site: Place, workload: Workload, beside: Iterable[Calibration] = ()
+) -> Calibration:
     """Fit the figures that differ between machines to runs of `workload` on a site.
 
     `measurements` has a row per run: ``nodes``, and one of ``step_s``, ``epoch_s`` and ``samples_per_s``; also
     ``batch_per_rank`` where it is not the workload's, and ``scatter_percent`` where it is known. None is for what is
-    known before anything is measured. The site may be a `Link` where nothing else is known, or None. ValueError for
-    columns that are missing, and values that are not above 0.
+    known before anything is measured. The site may be a `Link` where nothing else is known, or None. `beside` are
+    calibrations of other programs on the same machine, which are taken to be alike. ValueError for columns that are
+    missing, and values that are not above 0.
     """
     place = sites.load(site) if isinstance(site, str) else site
     targets, read = _storage(place, workload)
     priors = PRIORS | _link(place) | read
     if measurements is None:
         priors["sample_s"] = _from_peak(place, workload)
-        mean = np.log([prior.median for prior in priors.values()])
-        covariance, scatter = np.diag([prior.spread**2 for prior in priors.values()]), SCATTER
     else:
         runs = Runs.of(measurements, workload)
-        guess = runs.guess(workload)
-        priors["sample_s"] = PRIORS["sample_s"]._replace(median=guess, status="measured")
-        mean, covariance, scatter = _fit(runs, priors, workload, targets)
+        priors["sample_s"] = PRIORS["sample_s"]._replace(median=runs.guess(workload), status="measured")
+    median = np.log([prior.median for prior in priors.values()])
+    prior = _beside(median, np.array([prior.spread for prior in priors.values()]) ** 2, beside)
+    mean, covariance, scatter = prior[0], np.diag(prior[1]), SCATTER
+    if measurements is not None:
+        mean, covariance, scatter = _fit(runs, prior, workload, targets)
     statuses = {name: prior.status for name, prior in priors.items() if targets or name != "read_s_per_byte"}
-    return Calibration(mean, covariance, scatter, statuses, targets)
+    return Calibration(mean, covariance, scatter, statuses, prior, targets)
+
+
+def _beside(median: np.ndarray, variance: np.ndarray, others: Iterable[Calibration]) -> np.ndarray:
+    """Means and variances of the figures, when others on the same machine have been seen.
+
+    Of each other one counts what its runs have added to its own prior. Two programs differ by BETWEEN each from what
+    they have in common. The time to compute a sample is each one's own.
+    """
+    precision, pull = 1 / variance, median / variance
+    for other in others:
+        own = np.diag(other.covariance)
+        gain = np.maximum(1 / own - 1 / other.prior[1], 1e-9)
+        seen = (other.mean / own - other.prior[0] / other.prior[1]) / gain
+        weight = 1 / (1 / gain + 2 * BETWEEN**2)
+        weight[NAMES.index("sample_s")] = 0
+        precision, pull = precision + weight, pull + weight * seen
+    return np.array([pull / precision, 1 / precision])
 
 
 def _link(place: sites.Site | Link | None) -> dict[str, Prior]:
@@ -147,12 +171,11 @@ class Runs:
         return float(np.median(self.values / (self.batch * steps)))
 
 
-def _fit(runs: Runs, priors: dict[str, Prior], workload: Workload, targets: Targets | None) -> tuple:
+def _fit(runs: Runs, prior: np.ndarray, workload: Workload, targets: Targets | None) -> tuple:
     """The posterior's maximum, its covariance, and the scatter, which is fitted in turn with the rest."""
     from scipy.optimize import least_squares
 
-    centre = np.log([prior.median for prior in priors.values()])
-    spread = np.array([prior.spread for prior in priors.values()])
+    centre, spread = prior[0], np.sqrt(prior[1])
 
     def residuals(mean: np.ndarray, scatter: float) -> np.ndarray:
         values = dict(zip(NAMES, np.exp(mean), strict=True))

@@ -16,7 +16,7 @@ from nurion_utils.scaling.workloads import STATUSES, Workload
 if TYPE_CHECKING:
     import pandas as pd
 
-PARTS = ("compute", "communication", "waiting", "input", "validation", "fixed")
+PARTS = ("compute", "communication", "waiting", "input", "validation", "listing")
 # Of a normal distribution 95 % lie within so many standard deviations.
 _SIGMAS = 1.96
 
@@ -31,7 +31,7 @@ def predict(
 
     Returns a row per number of nodes: nodes, batch_per_rank, and of a step compute_s, communication_s (exposed),
     waiting_s (for the slowest rank), input_s, step_s. Where the samples of an epoch are known also steps, validation_s
-    and fixed_s (of an epoch), epoch_s, node_hours (of an epoch). Then samples_per_s, efficiency (of a node beside one
+    and listing_s (of an epoch), epoch_s, node_hours (of an epoch). Then samples_per_s, efficiency (of a node beside one
     alone), limits (the largest part but computing), and a column NAME_share for each part of an epoch, or of a step.
     ``step_low_s``, ``step_high_s``, ``epoch_low_s`` and ``epoch_high_s`` hold 95 % of runs. ``status`` is the weakest
     among the inputs, ``narrows`` the figure that would narrow the interval most if it were known, and
@@ -53,9 +53,9 @@ def predict(
         steps = workload.steps(nodes, batch)
         rest = epoch_parts(values, workload, nodes, batch, step)
         of_epoch = {name: steps * part for name, part in parts.items()}
-        of_epoch |= {name: rest[name] for name in ("validation", "fixed")}
+        of_epoch |= {name: rest[name] for name in ("validation", "listing")}
         whole, told = sum(of_epoch.values()), "epoch_s"
-        columns |= {"steps": steps.astype(int), "validation_s": rest["validation"], "fixed_s": rest["fixed"]}
+        columns |= {"steps": steps.astype(int), "validation_s": rest["validation"], "listing_s": rest["listing"]}
         columns |= {"epoch_s": whole, "node_hours": nodes * whole / 3600}
         columns |= interval("epoch_s", known, workload, nodes, batch)
     alone = step_parts(values, workload, known.targets, np.ones_like(nodes), batch)
