@@ -2,6 +2,12 @@ from .calibrating import Calibration as Calibration
 from .calibrating import calibrate as calibrate
 from .comparing import fidelity as fidelity
 from .comparing import score as score
+from .comparing import without_each_term as without_each_term
+from .drawing import draw_fidelity as draw_fidelity
+from .drawing import draw_shares as draw_shares
+from .planning import Plan as Plan
+from .planning import plan as plan
 from .predicting import predict as predict
 from .workloads import PUBLISHED as PUBLISHED
 from .workloads import Workload as Workload
+from .workloads import workload as workload

@@ -15,7 +15,7 @@ import numpy as np
 from nurion_utils import sites
 from nurion_utils._checks import require_columns
 from nurion_utils.allreduce import Link
-from nurion_utils.scaling.terms import PRIORS, SPREADS, Prior, Targets, outputs
+from nurion_utils.scaling.terms import NOTHING, PRIORS, SPREADS, TERMS, Prior, Targets, outputs
 from nurion_utils.scaling.workloads import Workload
 from nurion_utils.storage import ParallelFileSystem
 
@@ -51,19 +51,23 @@ class Calibration:
 
 
 def calibrate(
-    measurements: pd.DataFrame | None, site: Place, workload: Workload, beside: Iterable[Calibration] = ()
+    measurements: pd.DataFrame | None,
+    site: Place,
+    workload: Workload,
+    beside: Iterable[Calibration] = (),
+    without: str | None = None,
 ) -> Calibration:
     """Fit the figures that differ between machines to runs of `workload` on a site.
 
     `measurements` has a row per run: ``nodes``, and one of ``step_s``, ``epoch_s`` and ``samples_per_s``; also
     ``batch_per_rank`` where it is not the workload's, and ``scatter_percent`` where it is known. None is for what is
     known before anything is measured. The site may be a `Link` where nothing else is known, or None. `beside` are
-    calibrations of other programs on the same machine, which are taken to be alike. ValueError for columns that are
-    missing, and values that are not above 0.
+    calibrations of other programs on the same machine, which are taken to be alike. One of `terms.TERMS` may be left
+    out, which shows what it is worth. ValueError for columns that are missing, and values that are not above 0.
     """
     place = sites.load(site) if isinstance(site, str) else site
     targets, read = _storage(place, workload)
-    priors = PRIORS | _link(place) | read
+    priors = PRIORS | _link(place) | read | dict.fromkeys(TERMS[without] if without else (), NOTHING)
     if measurements is None:
         priors["sample_s"] = _from_peak(place, workload)
     else:

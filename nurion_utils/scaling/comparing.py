@@ -12,8 +12,10 @@ import numpy as np
 from nurion_utils import recordings
 from nurion_utils._checks import one_of, require_columns
 from nurion_utils.scaling.calibrating import Calibration, calibrate
+from nurion_utils.scaling.facts import facts
 from nurion_utils.scaling.predicting import predict
 from nurion_utils.scaling.published import COLUMNS, Series, quantity
+from nurion_utils.scaling.terms import TERMS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +26,7 @@ _TAKEN = ("limits", "communication_share", "waiting_share", "input_share", "narr
 
 
 def fidelity(extra: str | os.PathLike[str] | None = None) -> pd.DataFrame:
-    """Every published figure of `data/published_scaling.csv` beside the model's; `score` sums it up.
+    """Every published figure of `data/published_scaling.csv`, and single ones, beside ours; `score` sums it up.
 
     `extra` is a CSV file of further rows with the same columns, of these series or others. A row that cannot be
     predicted stays in the table, with the reason. ValueError for columns that are missing, and for unknown quantities,
@@ -42,11 +44,21 @@ def fidelity(extra: str | os.PathLike[str] | None = None) -> pd.DataFrame:
         further = pd.read_csv(extra)
         require_columns(further, COLUMNS)
         table = pd.concat([table, further[list(COLUMNS)]], ignore_index=True)
-    return compare(table)
+    cori = [rows for _, rows in table[table["system"] == "Cori KNL"].groupby("id")]
+    beside = [_calibrated(Series.of(rows), rows["use"].to_numpy() == "calibrate") for rows in cori]
+    return pd.concat([compare(table), facts(beside)], ignore_index=True)
 
 
-def compare(table: pd.DataFrame) -> pd.DataFrame:
-    """The same for rows with the columns of `data/published_scaling.csv`."""
+def without_each_term() -> pd.DataFrame:
+    """The score with all terms and without each of them: columns without, and those of `score`."""
+    import pandas as pd
+
+    table = recordings.load("published_scaling")
+    return pd.DataFrame([{"without": term or "-"} | score(compare(table, term)) for term in (None, *TERMS)])
+
+
+def compare(table: pd.DataFrame, without: str | None = None) -> pd.DataFrame:
+    """What `fidelity` has of rows with the columns of `data/published_scaling.csv`; a term may be left out."""
     import pandas as pd
 
     for use in table["use"]:
@@ -54,7 +66,7 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
     groups = [rows for _, rows in table.groupby(["id", table["quantity"].map(quantity)], sort=False)]
     series = [Series.of(rows) for rows in groups]
     fitted = [rows["use"].to_numpy() == "calibrate" for rows in groups]
-    alone = [_calibrated(one, fit) for one, fit in zip(series, fitted, strict=True)]
+    alone = [_calibrated(one, fit, (), without) for one, fit in zip(series, fitted, strict=True)]
     tables = []
     for i, (rows, one) in enumerate(zip(groups, series, strict=True)):
         system = rows["system"].iloc[0]
@@ -63,14 +75,16 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
             for j, other in enumerate(alone)
             if j != i and fitted[j].any() and groups[j]["system"].iloc[0] == system
         ]
-        tables.append(_beside(rows, one, _calibrated(one, fitted[i], beside)))
+        tables.append(_beside(rows, one, _calibrated(one, fitted[i], beside, without)))
     return pd.concat(tables, ignore_index=True)
 
 
-def _calibrated(series: Series, fitted: np.ndarray, beside: Sequence[Calibration] = ()) -> Calibration | None:
+def _calibrated(
+    series: Series, fitted: np.ndarray, beside: Sequence[Calibration] = (), without: str | None = None
+) -> Calibration | None:
     """From the rows that may be fitted; None if there are none, and not enough is known without them."""
     try:
-        return calibrate(series.runs[fitted] if fitted.any() else None, series.place, series.workload, beside)
+        return calibrate(series.runs[fitted] if fitted.any() else None, series.place, series.workload, beside, without)
     except ValueError:
         return None
 
@@ -84,9 +98,9 @@ def _beside(rows: pd.DataFrame, series: Series, known: Calibration | None) -> pd
     if known is None:
         return table.assign(passes=False, reason="cannot be predicted: no calibrate row")
     batches = zip(series.runs["nodes"], series.runs["batch_per_rank"], strict=True)
+    workload = series.workload if series.kind == "epoch_s" else replace(series.workload, samples=None)
     ours = pd.concat(
-        predict(None, replace(series.workload, batch=batch, global_batch=None), int(nodes), known)
-        for nodes, batch in batches
+        predict(None, replace(workload, batch=batch, global_batch=None), int(nodes), known) for nodes, batch in batches
     )
     rate = series.kind == "samples_per_s"
     name = "step" if rate else series.kind.removesuffix("_s")

@@ -10,13 +10,14 @@ import numpy as np
 from nurion_utils import sites
 from nurion_utils._checks import whole_number
 from nurion_utils.scaling.calibrating import NAMES, Calibration, Place, calibrate
-from nurion_utils.scaling.terms import PRIORS, epoch_parts, outputs, step_parts
+from nurion_utils.scaling.terms import PRIORS, outputs, step_parts
 from nurion_utils.scaling.workloads import STATUSES, Workload
 
 if TYPE_CHECKING:
     import pandas as pd
 
-PARTS = ("compute", "communication", "waiting", "input", "validation", "listing")
+# What is less than this share of the time limits nothing.
+LITTLE = 0.05
 # Of a normal distribution 95 % lie within so many standard deviations.
 _SIGMAS = 1.96
 
@@ -30,11 +31,11 @@ def predict(
     not one, or more than the site has.
 
     Returns a row per number of nodes: nodes, batch_per_rank, and of a step compute_s, communication_s (exposed),
-    waiting_s (for the slowest rank), input_s, step_s. Where the samples of an epoch are known also steps, validation_s
-    and listing_s (of an epoch), epoch_s, node_hours (of an epoch). Then samples_per_s, efficiency (of a node beside one
-    alone), limits (the largest part but computing), and a column NAME_share for each part of an epoch, or of a step.
-    ``step_low_s``, ``step_high_s``, ``epoch_low_s`` and ``epoch_high_s`` hold 95 % of runs. ``status`` is the weakest
-    among the inputs, ``narrows`` the figure that would narrow the interval most if it were known, and
+    waiting_s (for the slowest rank), input_s, step_s. Where the samples of an epoch are known also steps, listing_s,
+    epoch_s and node_hours of it. Then samples_per_s, efficiency (of a node beside one alone with the same batch),
+    limits (the largest part but computing, unless all are small), and a column NAME_share for each part of an epoch, or
+    of a step. ``step_low_s``, ``step_high_s``, ``epoch_low_s`` and ``epoch_high_s`` hold 95 % of runs. ``status`` is
+    the weakest among the inputs, ``narrows`` the figure that would narrow the interval most if it were known, and
     ``narrows_share`` by which share of the variance.
     """
     import pandas as pd
@@ -48,22 +49,20 @@ def predict(
     columns = {"nodes": nodes.astype(int), "batch_per_rank": batch}
     columns |= {f"{name}_s": part for name, part in parts.items()} | {"step_s": step}
     columns |= interval("step_s", known, workload, nodes, batch)
-    of_epoch, whole, told = parts, step, "step_s"
+    of_all, whole, told = parts, step, "step_s"
     if workload.samples is not None:
-        steps = workload.steps(nodes, batch)
-        rest = epoch_parts(values, workload, nodes, batch, step)
-        of_epoch = {name: steps * part for name, part in parts.items()}
-        of_epoch |= {name: rest[name] for name in ("validation", "listing")}
-        whole, told = sum(of_epoch.values()), "epoch_s"
-        columns |= {"steps": steps.astype(int), "validation_s": rest["validation"], "listing_s": rest["listing"]}
-        columns |= {"epoch_s": whole, "node_hours": nodes * whole / 3600}
-        columns |= interval("epoch_s", known, workload, nodes, batch)
+        steps, listing = workload.steps(nodes, batch), values["listing_s"] * workload.all_samples(nodes)
+        of_all = {name: steps * part for name, part in parts.items()} | {"listing": listing}
+        whole, told = sum(of_all.values()), "epoch_s"
+        columns |= {"steps": steps.astype(int), "listing_s": listing, "epoch_s": whole}
+        columns |= interval("epoch_s", known, workload, nodes, batch) | {"node_hours": nodes * whole / 3600}
     alone = step_parts(values, workload, known.targets, np.ones_like(nodes), batch)
     columns |= {"samples_per_s": nodes * workload.ranks_per_node * batch / step}
     columns |= {"efficiency": sum(alone.values()) / step}
-    shares = {name: part / whole for name, part in of_epoch.items()}
-    names = np.array([name for name in shares if name != "compute"])
-    columns["limits"] = names[np.argmax([shares[name] for name in names], axis=0)]
+    shares = {name: part / whole for name, part in of_all.items()}
+    losses = {name: share for name, share in shares.items() if name != "compute"}
+    most = np.array(list(losses))[np.argmax(list(losses.values()), axis=0)]
+    columns["limits"] = np.where(np.max(list(losses.values()), axis=0) < LITTLE, "computing", most)
     columns |= {f"{name}_share": share for name, share in shares.items()} | doubt(told, known, workload, nodes, batch)
     columns["status"] = max([*known.statuses.values(), workload.status], key=STATUSES.index)
     return pd.DataFrame(columns)

@@ -4,7 +4,7 @@
     communication  copies into and out of the buffers + exposed x allreduce + what is longer than the backward pass
     waiting        waiting x compute x (H(R) - 1): the slowest of R ranks
     input          what reading the next batch takes beyond all that
-    epoch          steps x step + validation + listing_s x samples
+    epoch          steps x step + listing_s x samples: what every rank does for all samples, not only its own
 
 The allreduce takes ``messages x latency + arrays x bytes / link``, the closed forms of `allreduce`'s schedules (Thakur,
 Rabenseifner and Gropp 2005); `exposed` is one number for what the backward pass does not hide, and for what a library
@@ -54,6 +54,15 @@ PRIORS = {
 }
 # The spread of a figure that a description has, by its status.
 SPREADS = {"read": 0.1, "measured": 0.1, "derived": 0.2, "remembered": 0.3, "chosen": 0.7}
+# The figures that each term stands on, and what they are where it is left out.
+TERMS = {
+    "copies": ["copy_s_per_byte"],
+    "allreduce": ["exposed", "latency_s", "link_s_per_byte"],
+    "waiting": ["waiting"],
+    "listing": ["listing_s"],
+    "step_s": ["step_s"],
+}
+NOTHING = Prior(1e-30, 1e-3, "chosen", "nothing")
 
 Nodes = np.ndarray
 
@@ -132,21 +141,11 @@ def _reading(workload: Workload, targets: Targets | None, files: np.ndarray) -> 
     return hottest * workload.sample_bytes / targets.stripes
 
 
-def epoch_parts(
-    values: Mapping[str, float], workload: Workload, nodes: Nodes, batch: np.ndarray, step: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Seconds of the parts of an epoch: steps, validation (forward only, no communication), listing."""
-    steps = workload.steps(nodes, batch)
-    validation = workload.validation * steps * batch * values["sample_s"] * (1 - BACKWARD)
-    listing = values["listing_s"] * workload.samples * (nodes if workload.samples_per_node else np.ones_like(nodes))
-    return {"steps": steps * step, "validation": validation, "listing": listing}
-
-
 def outputs(
     values: Mapping[str, float], workload: Workload, targets: Targets | None, nodes: Nodes, batch: np.ndarray, what: str
 ) -> np.ndarray:
     """One of step_s, epoch_s and samples_per_s."""
     step = sum(step_parts(values, workload, targets, nodes, batch).values())
     if what == "epoch_s":
-        return sum(epoch_parts(values, workload, nodes, batch, step).values())
+        return workload.steps(nodes, batch) * step + values["listing_s"] * workload.all_samples(nodes)
     return step if what == "step_s" else nodes * workload.ranks_per_node * batch / step

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from nurion_utils._checks import number, one_of, positive, whole_number
 from nurion_utils.scaling.terms import ALGORITHMS
-from nurion_utils.training.memory import FUSION_BUFFER_BYTES
+from nurion_utils.training.memory import FUSION_BUFFER_BYTES, footprint, layers_of
+
+if TYPE_CHECKING:
+    import keras
 
 # From the strongest to the weakest; of the inputs of a prediction the weakest counts.
 STATUSES = ("measured", "read", "derived", "summary", "remembered", "chosen")
@@ -34,7 +38,6 @@ class Workload:
     activation_bytes: float = 0.0  # that one sample leaves for the backward pass
     samples: float | None = None
     samples_per_node: bool = False
-    validation: float = 0.0  # samples of the validation of each epoch, for one of training
     ranks_per_node: int = 1
     algorithm: Literal["naive", "tree", "ring", "recursive_doubling", "rabenseifner"] = "rabenseifner"
     fusion_bytes: float = FUSION_BUFFER_BYTES  # of gradients that are reduced together; 0: each by itself
@@ -48,7 +51,7 @@ class Workload:
         for name in ("batch", "global_batch", "operations", "samples"):
             if getattr(self, name) is not None:
                 positive(getattr(self, name), name)
-        for name in ("gradient_bytes", "sample_bytes", "activation_bytes", "validation", "fusion_bytes"):
+        for name in ("gradient_bytes", "sample_bytes", "activation_bytes", "fusion_bytes"):
             number(getattr(self, name), name, least=0)
         for name in ("tensors", "ranks_per_node"):
             whole_number(getattr(self, name), name)
@@ -76,10 +79,41 @@ class Workload:
 
     def steps(self, nodes: np.ndarray, batch: np.ndarray) -> np.ndarray:
         """Steps of an epoch; ValueError if its samples are not known."""
+        return np.ceil(self.all_samples(nodes) / (nodes * self.ranks_per_node * batch))
+
+    def all_samples(self, nodes: np.ndarray) -> np.ndarray:
+        """Samples of an epoch on so many nodes; ValueError if they are not known."""
         if self.samples is None:
             raise ValueError(f"the samples of an epoch of {self.name!r} are not known: give samples")
-        nodes_sharing = 1 if self.samples_per_node else nodes
-        return np.ceil(self.samples / (nodes_sharing * self.ranks_per_node * batch))
+        return self.samples * (nodes if self.samples_per_node else np.ones(len(nodes)))
+
+
+def workload(model: keras.Model, batch: int, samples: int, optimizer: str = "adam", **others: Any) -> Workload:
+    """Training of a Keras model with `batch` samples per rank and step, and `samples` in an epoch.
+
+    Operations are those of the layers' matrix products, a multiplication and an addition each: a weight of a dense or
+    convolutional layer has one for each position of the output, and the backward pass takes twice what the forward
+    pass does. A sample is read as float32. `others` are further settings of `Workload`. ValueError for a model
+    without shapes.
+    """
+    needed = footprint(model, optimizer)
+    return Workload(
+        model.name,
+        needed.weight_bytes,
+        batch=whole_number(batch, "batch"),
+        tensors=len(model.trainable_weights),
+        operations=3 * sum(map(_forward, layers_of(model))),
+        sample_bytes=4 * prod(model.input_shape[1:]),
+        activation_bytes=needed.activation_bytes,
+        samples=whole_number(samples, "samples"),
+        **{"status": "derived", "source": "read off the model"} | others,
+    )
+
+
+def _forward(layer: keras.Layer) -> int:
+    """Operations of a layer on one sample."""
+    kernels = [weight for weight in layer.trainable_weights if len(weight.shape) > 1 and "embed" not in weight.path]
+    return 2 * sum(prod(kernel.shape) for kernel in kernels) * prod(layer.output.shape[1:-1]) if kernels else 0
 
 
 _PAPER = "Mathuriya et al., CosmoFlow, arXiv 1808.04728"
@@ -97,12 +131,12 @@ PUBLISHED = {
             status="remembered", source=_BENCHMARK,
         ),
         Workload(
-            "HEP-CNN", 36.6e6, batch=8, tensors=20, sample_bytes=64**2 * 3 * 4, samples=455_052, validation=1 / 3,
+            "HEP-CNN", 36.6e6, batch=8, tensors=20, sample_bytes=64**2 * 3 * 4, samples=455_052,
             status="derived", source=_HEP,
         ),
         Workload(
             "HEP-CNN, large kernels", 412e6, batch=8, tensors=20, sample_bytes=224**2 * 3 * 4, samples=455_052,
-            validation=1 / 3, status="chosen", source=f"{_HEP}; gradients as of the default at 224 pixels",
+            status="chosen", source=f"{_HEP}; gradients as of the default at 224 pixels",
         ),
         Workload(
             "ResNet-50", 102.2e6, batch=32, tensors=161, operations=24.6e9, sample_bytes=92e3, samples=1_281_167,

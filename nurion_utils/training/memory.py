@@ -61,6 +61,12 @@ class Footprint:
         return max(0, int(spare // self.activation_bytes))
 
 
+def layers_of(model: keras.Model) -> Iterator[keras.Layer]:
+    """The layers of a model, and of the models in it."""
+    for layer in model.layers:
+        yield from layers_of(layer) if hasattr(layer, "layers") else (layer,)
+
+
 def footprint(model: keras.Model, optimizer: str = "adam") -> Footprint:
     """What a Keras model takes in training.
 
@@ -72,10 +78,6 @@ def footprint(model: keras.Model, optimizer: str = "adam") -> Footprint:
 
     def size_bytes(shape: tuple[int, ...], dtype: str) -> int:
         return prod(shape) * tf.as_dtype(dtype).size
-
-    def layers_of(model: keras.Model) -> Iterator[keras.Layer]:
-        for layer in model.layers:
-            yield from layers_of(layer) if isinstance(layer, keras.Model) else (layer,)
 
     if not model.built:
         raise ValueError(f"model {model.name!r} has no shapes yet: give it an Input, or build it")
