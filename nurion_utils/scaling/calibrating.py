@@ -186,24 +186,25 @@ def _fit(runs: Runs, prior: np.ndarray, workload: Workload, targets: Targets | N
         ours = outputs(values, workload, targets, runs.nodes, runs.batch, runs.measured)
         return np.concatenate([np.log(ours / runs.values) / scatter, (mean - centre) / spread])
 
-    mean, scatter = centre, runs.scatter
-    for _ in range(8):
+    mean, scatter, rounds = centre, runs.scatter, 8
+    for _ in range(rounds):
         solution = least_squares(residuals, mean, args=(scatter,))
-        mean = solution.x
-        scatter = _scatter(residuals(mean, 1.0)[: len(runs.values)], runs.scatter)
-    jacobian = least_squares(residuals, mean, args=(scatter,)).jac
-    return mean, np.linalg.inv(jacobian.T @ jacobian), scatter
+        mean, covariance = solution.x, np.linalg.inv(solution.jac.T @ solution.jac)
+        # What the runs have to say of the scatter is less by the figures that they settle (MacKay 2003, chapter 28).
+        settled = len(mean) - (np.diag(covariance) / prior[1]).sum()
+        errors = residuals(mean, 1.0)[: len(runs.values)]
+        scatter = _scatter(errors @ errors, max(0.0, len(errors) - settled), runs.scatter)
+    return mean, covariance, scatter
 
 
-def _scatter(errors: np.ndarray, believed: float) -> float:
-    """The most probable scatter of errors whose scatter is believed to be so large, give or take SCATTER_SPREAD."""
+def _scatter(squares: float, free: float, believed: float) -> float:
+    """The most probable scatter of runs with so large a sum of squared errors, and so many of them free.
+
+    It is believed to be so large, give or take SCATTER_SPREAD.
+    """
     from scipy.optimize import minimize_scalar
 
     def minus_log(u: float) -> float:
-        return (
-            len(errors) * u
-            + 0.5 * (errors @ errors) * np.exp(-2 * u)
-            + 0.5 * ((u - np.log(believed)) / SCATTER_SPREAD) ** 2
-        )
+        return free * u + 0.5 * squares * np.exp(-2 * u) + 0.5 * ((u - np.log(believed)) / SCATTER_SPREAD) ** 2
 
     return float(np.exp(minimize_scalar(minus_log).x))

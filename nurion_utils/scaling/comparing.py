@@ -12,7 +12,7 @@ import numpy as np
 from nurion_utils import recordings
 from nurion_utils._checks import one_of, require_columns
 from nurion_utils.scaling.calibrating import Calibration, calibrate
-from nurion_utils.scaling.facts import facts
+from nurion_utils.scaling.facts import single_facts
 from nurion_utils.scaling.predicting import predict
 from nurion_utils.scaling.published import COLUMNS, Series, quantity
 from nurion_utils.scaling.terms import TERMS
@@ -44,9 +44,9 @@ def fidelity(extra: str | os.PathLike[str] | None = None) -> pd.DataFrame:
         further = pd.read_csv(extra)
         require_columns(further, COLUMNS)
         table = pd.concat([table, further[list(COLUMNS)]], ignore_index=True)
-    cori = [rows for _, rows in table[table["system"] == "Cori KNL"].groupby("id")]
-    beside = [_calibrated(Series.of(rows), rows["use"].to_numpy() == "calibrate") for rows in cori]
-    return pd.concat([compare(table), facts(beside)], ignore_index=True)
+    cori = [Series.of(rows) for _, rows in recordings.load("published_scaling").query("site == 'cori'").groupby("id")]
+    facts = single_facts([_calibrated(series) for series in cori])
+    return pd.concat([compare(table), facts], ignore_index=True)
 
 
 def without_each_term() -> pd.DataFrame:
@@ -65,35 +65,35 @@ def compare(table: pd.DataFrame, without: str | None = None) -> pd.DataFrame:
         one_of(use, "use", ("calibrate", "test"))
     groups = [rows for _, rows in table.groupby(["id", table["quantity"].map(quantity)], sort=False)]
     series = [Series.of(rows) for rows in groups]
-    fitted = [rows["use"].to_numpy() == "calibrate" for rows in groups]
-    alone = [_calibrated(one, fit, (), without) for one, fit in zip(series, fitted, strict=True)]
+    alone = [_calibrated(one, (), without) for one in series]
     tables = []
-    for i, (rows, one) in enumerate(zip(groups, series, strict=True)):
-        system = rows["system"].iloc[0]
-        beside = [
-            other
-            for j, other in enumerate(alone)
-            if j != i and fitted[j].any() and groups[j]["system"].iloc[0] == system
-        ]
-        tables.append(_beside(rows, one, _calibrated(one, fitted[i], beside, without)))
+    for one in series:
+        # Others count by what they were fitted to; one without such rows is as the first other of the same workload.
+        pairs = zip(series, alone, strict=True)
+        others = [(o, k) for o, k in pairs if o is not one and o.system == one.system and o.fitted.any()]
+        known = _calibrated(one, [k for _, k in others], without)
+        if not one.fitted.any():
+            known = next((k for o, k in others if o.workload.name == one.workload.name), known)
+        tables.append(_beside(one, known))
     return pd.concat(tables, ignore_index=True)
 
 
-def _calibrated(
-    series: Series, fitted: np.ndarray, beside: Sequence[Calibration] = (), without: str | None = None
-) -> Calibration | None:
+def _calibrated(series: Series, beside: Sequence[Calibration] = (), without: str | None = None) -> Calibration | None:
     """From the rows that may be fitted; None if there are none, and not enough is known without them."""
+    runs = series.runs[series.fitted] if series.fitted.any() else None
     try:
-        return calibrate(series.runs[fitted] if fitted.any() else None, series.place, series.workload, beside, without)
+        return calibrate(runs, series.place, series.workload, beside, without)
     except ValueError:
-        return None
+        if runs is None:
+            return None
+        raise
 
 
-def _beside(rows: pd.DataFrame, series: Series, known: Calibration | None) -> pd.DataFrame:
+def _beside(series: Series, known: Calibration | None) -> pd.DataFrame:
     """The rows of one series with the predictions beside them."""
     import pandas as pd
 
-    table = rows[list(_KEPT)].assign(published=rows["value"].astype(float))
+    table = series.rows[list(_KEPT)].assign(published=series.rows["value"].astype(float))
     table["tolerance_percent"] = np.fmax(TOLERANCE_PERCENT, 2 * table["scatter_percent"])
     if known is None:
         return table.assign(passes=False, reason="cannot be predicted: no calibrate row")

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_EXACT, _ROUNDED, _MODEL = 0.01, 1.0, 15.0  # tolerances in per cent: arithmetic, rounded figures, predictions
+_PAPER = "Nurion paper"
+# Images a second of one Pascal GPU at a batch of 64, weights, and the tensors they lie in; all remembered.
+_NETWORKS = {"Inception V3": (142, 23.8e6, 190), "ResNet-101": (130, 44.5e6, 314), "VGG-16": (154, 138.4e6, 32)}
+
+
 class Fact(NamedTuple):
     """A published figure, ours, and how far ours may be from it."""
 
@@ -26,46 +32,30 @@ class Fact(NamedTuple):
     unit: str
     published: float
     ours: float
-    tolerance_percent: float
-    status: str
-    source: str
+    source: str = _PAPER
+    tolerance_percent: float = _EXACT
+    status: str = "read"
     low: float = np.nan  # ends of 95 %
     high: float = np.nan
-    reason: str = ""  # of a miss
+    reason: str = "not known"  # of a miss
 
 
-_EXACT, _ROUNDED, _MODEL = 0.01, 1.0, 15.0  # tolerances in per cent: arithmetic, rounded figures, predictions
-# One Pascal GPU's rate at a batch of 64, the weights, and the tensors; all remembered.
-_NETWORKS = {"Inception V3": (142, 23.8e6, 190), "ResNet-101": (130, 44.5e6, 314), "VGG-16": (154, 138.4e6, 32)}
-
-
-def facts(cori: list[Calibration]) -> pd.DataFrame:
+def single_facts(cori: list[Calibration]) -> pd.DataFrame:
     """A row per fact, with the columns of `fidelity`; `cori` are calibrations of other programs on Cori."""
     import pandas as pd
 
-    table = pd.DataFrame([*_machine(), *_allreduce(), *_storage(), *_cosmoflow(cori), *_horovod()])
+    table = pd.DataFrame([*_machine(), *_allreduce(), *_storage(), *_cosmoflow(cori), *_horovod(), _mlsl()])
     table["error_percent"] = 100 * (table["ours"] / table["published"] - 1)
     table["passes"] = table["error_percent"].abs() <= table["tolerance_percent"]
-    table["reason"] = (
-        table["reason"].where(~table["passes"], "").mask(~table["passes"] & table["reason"].eq(""), "not known")
-    )
-    return table.assign(id="fact", use="fact")
+    return table.assign(id="fact", use="fact", reason=table["reason"].mask(table["passes"], ""))
 
 
 def _machine() -> list[Fact]:
     nurion = sites.load("nurion")
-    quoted, rmax = nurion.performance.rpeak_quoted_pflops, nurion.performance.rmax_pflops
+    peak, share = nurion.rpeak_pflops, nurion.performance.rmax_pflops / nurion.rpeak_pflops
     return [
-        Fact("Nurion's peak", "Pflop/s", quoted, nurion.rpeak_pflops, _ROUNDED, "read", "Nurion paper"),
-        Fact(
-            "HPL's share of Nurion's peak",
-            "1",
-            13.9 / 25.7,
-            rmax / nurion.rpeak_pflops,
-            _ROUNDED,
-            "read",
-            "Nurion paper",
-        ),
+        Fact("Nurion's peak", "Pflop/s", nurion.performance.rpeak_quoted_pflops, peak, _PAPER, _ROUNDED),
+        Fact("HPL's share of Nurion's peak", "1", 13.9 / 25.7, share, _PAPER, _ROUNDED),
     ]
 
 
@@ -77,121 +67,80 @@ def _allreduce() -> list[Fact]:
         messages, arrays = ALGORITHMS[algorithm](ranks)
         return 1e3 * float((messages * link.alpha_s + arrays * 28.15e6 * link.beta_s_per_byte)[0])
 
-    paper, derived = (
-        "Nurion paper: 2(P-1) messages and 2N(P-1)/P bytes",
-        "28.15 MB, P = 8192, 2 us, 8 GB/s (Thakur et al. 2005)",
-    )
+    source = "28.15 MB, 8192 ranks, 2 us, 8 GB/s (Thakur et al. 2005)"
     return [
-        Fact("messages of a rank in a ring of 16", "1", 2 * 15, schedule.messages(0), _EXACT, "read", paper),
-        Fact(
-            "bytes of a rank in a ring of 16",
-            "B",
-            2 * size * 15 / 16,
-            schedule.bytes_sent(0, size),
-            _EXACT,
-            "read",
-            paper,
-        ),
-        Fact("allreduce by a ring, 8192 ranks", "ms", 39.8, time_ms("ring"), _ROUNDED, "derived", derived),
-        Fact("allreduce by Rabenseifner, 8192 ranks", "ms", 7.1, time_ms("rabenseifner"), _ROUNDED, "derived", derived),
+        Fact("messages of a rank in a ring of 16", "1", 2 * 15, schedule.messages(0)),
+        Fact("bytes of a rank in a ring of 16", "B", 2 * size * 15 / 16, schedule.bytes_sent(0, size)),
+        Fact("allreduce by a ring", "ms", 39.8, time_ms("ring"), source, _ROUNDED, "derived"),
+        Fact("allreduce by Rabenseifner", "ms", 7.1, time_ms("rabenseifner"), source, _ROUNDED, "derived"),
     ]
 
 
 def _storage() -> list[Fact]:
-    nurion, paper = sites.load("nurion"), "Nurion paper"
+    nurion, rate = sites.load("nurion"), cases.SAMPLE_BYTES / cases.COMPUTE_S / 1e6
     lustre, buffer = nurion.file_systems["scratch"].bandwidth_gb_per_s, nurion.burst_buffer.bandwidth_gb_per_s
-    rate = cases.SAMPLE_BYTES / cases.COMPUTE_S / 1e6
+    outcomes = cases.batch_sweep(cases.nurion()).set_index(["storage", "batch_per_node"])["outcome"]
+    runs = outcomes == "runs"
     published = recordings.load("published_io").query("case == 'ImageNet-11k'")
-    found = cases.batch_sweep(cases.nurion()).set_index(["storage", "batch_per_node"])["outcome"]
-    works = published.assign(
-        same=[
-            (row.outcome == "runs") == (found[row.storage, row.batch_per_node] == "runs")
-            for row in published.itertuples()
-        ]
-    )
-    same = works.groupby("storage")["same"].mean()
-    largest = int(found["burst buffer"].loc[lambda outcome: outcome == "runs"].index.max())
+    published = published.set_index(["storage", "batch_per_node"])["outcome"] == "runs"
+    same = (published == runs[published.index]).groupby("storage").mean()
+    largest = runs["burst buffer"].loc[lambda ran: ran].index.max()
+    cause = "why batches of 256 and more die is not published; by Nurion's figures they would run"
     return [
-        Fact("rate at which a node takes CosmoFlow's samples", "MB/s", 62, rate, _ROUNDED, "read", paper),
-        Fact("nodes that Lustre feeds, by its mean", "nodes", 4838, cases.node_limit(lustre), _EXACT, "derived", paper),
-        Fact("nodes that the burst buffer feeds, by its mean", "nodes", 12_903, cases.node_limit(buffer), _EXACT, "derived", paper),
-        Fact("largest batch on a node of Nurion", "samples", 512, largest, _EXACT, "read", paper),
-        Fact("batches that run or not on the burst buffer as published", "1", 1, same["burst buffer"], _EXACT, "read", paper),
-        Fact(
-            "batches that run or not on Lustre as published", "1", 1, same["Lustre"], _EXACT, "read", paper,
-            reason="why 256 and more die is not published; with few opens a second they would",
-        ),
-    ]  # fmt: skip
+        Fact("rate at which a node takes CosmoFlow's samples", "MB/s", 62, rate, _PAPER, _ROUNDED),
+        Fact("nodes that Lustre's bandwidth feeds", "nodes", 4838, cases.node_limit(lustre), status="derived"),
+        Fact("nodes that the burst buffer's feeds", "nodes", 12_903, cases.node_limit(buffer), status="derived"),
+        Fact("largest batch that a node of Nurion holds", "samples", 512, int(largest)),
+        Fact("batches that end as published on the burst buffer", "1", 1, same["burst buffer"]),
+        Fact("batches that end as published on Lustre", "1", 1, same["Lustre"], reason=cause),
+    ]
 
 
 def _cosmoflow(cori: list[Calibration]) -> list[Fact]:
     """From the time on one node, and from what other programs have shown on Cori."""
     import pandas as pd
 
-    workload, nodes = PUBLISHED["CosmoFlow"], 8192
+    workload, nodes = replace(PUBLISHED["CosmoFlow"], samples=None), 8192
     one = pd.DataFrame({"nodes": [1], "step_s": [cases.COMPUTE_S]})
-    known = calibrate(one, "cori", workload, cori)
-    row = predict("cori", replace(workload, samples=None), nodes, known).iloc[0]
-    speed = nodes * workload.operations / 1e15
-    source = "Mathuriya et al., CosmoFlow, arXiv 1808.04728"
-    ends = [cases.COMPUTE_S / row["step_high_s"], cases.COMPUTE_S / row["step_low_s"]]
-    rates = [speed / row["step_high_s"], speed / row["step_low_s"]]
-    return [
-        Fact(
-            "CosmoFlow's efficiency on 8192 nodes of Cori",
-            "1",
-            0.77,
-            cases.COMPUTE_S / row["step_s"],
-            _MODEL,
-            "read",
-            source,
-            *ends,
-        ),
-        Fact(
-            "CosmoFlow's speed on 8192 nodes of Cori",
-            "Pflop/s",
-            3.5,
-            speed / row["step_s"],
-            _MODEL,
-            "read",
-            source,
-            *rates,
-        ),
-    ]
+    row = predict("cori", workload, nodes, calibrate(one, "cori", workload, cori)).iloc[0]
+    facts, source = [], "Mathuriya et al., CosmoFlow, arXiv 1808.04728 (abstract)"
+    for words, unit, published, work in (
+        ("efficiency", "1", 0.77, cases.COMPUTE_S),
+        ("speed", "Pflop/s", 3.5, nodes * workload.operations / 1e15),
+    ):
+        ours, low, high = (work / row[name] for name in ("step_s", "step_high_s", "step_low_s"))
+        name = f"CosmoFlow's {words} on {nodes} nodes of Cori"
+        facts.append(Fact(name, unit, published, ours, source, _MODEL, low=low, high=high))
+    return facts
 
 
 def _horovod() -> list[Fact]:
-    """Three networks on one cluster of 4 Pascal GPUs a server, from their sizes and the rate of one GPU."""
+    """Three networks on servers of 4 Pascal GPUs, from their sizes and the rate of one GPU."""
     import pandas as pd
 
-    published = {128: (90, 90, 79), 512: (90, 90, 68)}
-    facts = []
-    for gpus, efficiencies in published.items():
-        for (name, (rate, weights, tensors)), efficiency in zip(_NETWORKS.items(), efficiencies, strict=True):
-            workload = Workload(name, 4 * weights, batch=64, tensors=tensors, ranks_per_node=4)
-            one = replace(workload, ranks_per_node=1)
-            known = calibrate(pd.DataFrame({"nodes": [1], "samples_per_s": [rate]}), Link(5e-6, 1 / 3.1e9), one)
-            row = predict(None, workload, gpus // 4, known).iloc[0]
-            alone_s = predict(None, one, 1, known)["step_s"].item()
-            ours = [100 * alone_s / row[column] for column in ("step_s", "step_high_s", "step_low_s")]
-            source = "Horovod's documentation, 25 GbE RoCE"
-            facts.append(
-                Fact(
-                    f"efficiency of {name} on {gpus} GPUs", "%", efficiency, ours[0], _MODEL, "read", source, *ours[1:]
-                )
-            )
-    reason = "not predicted: what a library needs beyond the link's time is fitted, not known beforehand"
-    speedup = recordings.load("published_backends").query("study == 'Intel and Amazon'")["speedup_low"].item()
-    facts.append(
-        Fact(
-            "MLSL against Open MPI, MXNet, 25 GbE",
-            "x",
-            speedup,
-            np.nan,
-            _MODEL,
-            "derived",
-            "Intel and Amazon",
-            reason=reason,
-        )
-    )
+    facts, link = [], Link(5e-6, 1 / 3.1e9)
+    for gpus, efficiencies in {128: (90, 90, 79), 512: (90, 90, 68)}.items():
+        for (name, (rate, weights, tensors)), published in zip(_NETWORKS.items(), efficiencies, strict=True):
+            one = Workload(name, 4 * weights, batch=64, tensors=tensors)
+            known = calibrate(pd.DataFrame({"nodes": [1], "samples_per_s": [rate]}), link, one)
+            row = predict(link, replace(one, ranks_per_node=4), gpus // 4, known).iloc[0]
+            alone_s = predict(link, one, 1, known)["step_s"].item()
+            ours, low, high = (100 * alone_s / row[end] for end in ("step_s", "step_high_s", "step_low_s"))
+            words = f"efficiency of {name} on {gpus} GPUs"
+            facts.append(Fact(words, "%", published, ours, "Horovod's documentation", _MODEL, low=low, high=high))
     return facts
+
+
+def _mlsl() -> Fact:
+    study = recordings.load("published_backends").query("study == 'Intel and Amazon'").iloc[0]
+    reason = "cannot be predicted: what a library needs beyond the link's time is fitted to its own runs"
+    return Fact(
+        "MLSL's speed by Open MPI's",
+        "x",
+        study["speedup_low"],
+        np.nan,
+        study["source"],
+        _MODEL,
+        "derived",
+        reason=reason,
+    )

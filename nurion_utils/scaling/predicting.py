@@ -71,10 +71,10 @@ def predict(
 def _nodes(place: Place, nodes: int | Sequence[int]) -> np.ndarray:
     most = place.node.count if isinstance(place, sites.Site) and place.partitions else None
     asked = np.atleast_1d(nodes)
-    if asked.dtype.kind not in "iu":
-        whole_number(asked[0].item() if len(asked) else None, "nodes", most=most)
-    for each in (asked.min(), asked.max()):
-        whole_number(each, "nodes", most=most)
+    if not asked.size:
+        raise ValueError("nodes must be one number or more")
+    for each in asked if asked.dtype.kind not in "iu" else (asked.min(), asked.max()):
+        whole_number(each.item() if isinstance(each, np.generic) else each, "nodes", most=most)
     return asked.astype(float)
 
 

@@ -46,6 +46,7 @@ _LINKS = {
 class Series:
     """The rows of one id and kind of quantity."""
 
+    rows: pd.DataFrame
     place: Place
     workload: Workload
     kind: str  # "epoch_s", "step_s" or "samples_per_s", in which `runs` are
@@ -60,7 +61,7 @@ class Series:
         workload, batch = _workload(rows)
         place, runs = _place(first), rows[["nodes", "scatter_percent"]].reset_index(drop=True)
         for row in rows.itertuples():
-            whole_number(row.nodes, f"nodes of {row.id}")
+            whole_number(int(row.nodes) if row.nodes % 1 == 0 else row.nodes, f"nodes of {row.id}")
             positive(row.value, f"the value of {row.id} on {row.nodes} nodes")
         runs["batch_per_rank"] = batch
         if isinstance(place, sites.Site) and re.search(
@@ -77,7 +78,17 @@ class Series:
             samples = seconds[0] * batch[0] * runs["nodes"][0] * workload.ranks_per_node
             workload = replace(workload, samples=samples, status="chosen")
         runs[kind] = workload.samples / seconds if inverse else seconds
-        return cls(place, workload, kind, runs, factors, inverse)
+        return cls(rows, place, workload, kind, runs, factors, inverse)
+
+    @property
+    def system(self) -> str:
+        """The machine, as the rows name it."""
+        return self.rows["system"].iloc[0]
+
+    @property
+    def fitted(self) -> np.ndarray:
+        """Which rows a calibration may see."""
+        return self.rows["use"].to_numpy() == "calibrate"
 
     def published(self, values: np.ndarray) -> np.ndarray:
         """Values of the series' kind as their rows give them."""
