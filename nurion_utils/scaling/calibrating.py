@@ -1,7 +1,7 @@
 """The figures of one machine and one program from a few of its runs, and how uncertain they are.
 
-Bayesian: each figure has a prior in the logarithm (`terms.PRIORS`), measured times scatter log-normally, and the
-posterior is taken as normal about its maximum (Laplace's approximation; MacKay 2003, chapter 27).
+Bayesian: each figure has a prior in the logarithm (`terms.PRIORS`), and measured times scatter log-normally. The
+maximum of the posterior gives the predictions, draws from it the intervals (`posterior`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from nurion_utils import sites
 from nurion_utils._checks import require_columns
 from nurion_utils.allreduce import Link
+from nurion_utils.scaling.posterior import fit
 from nurion_utils.scaling.terms import NOTHING, PRIORS, SPREADS, TERMS, Prior, Targets, outputs
 from nurion_utils.scaling.workloads import Workload
 from nurion_utils.storage import ParallelFileSystem
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 NAMES = list(PRIORS)
 MEASURED = ("step_s", "epoch_s", "samples_per_s")
-# How runs scatter where their source does not say it, and how wrong that may be either way (of its logarithm).
-SCATTER, SCATTER_SPREAD = 0.03, 0.5
+# How runs scatter where their source does not say it (of the logarithm); chosen.
+SCATTER = 0.03
 BETWEEN = 0.5  # how far a figure of one program is from those of others on the same machine (of its logarithm); chosen
 # Where nothing was measured: of a node's peak, with the spread of PRIORS' logarithms. CosmoFlow on KNL had 535 Gflop/s
 # in single precision, twice as fast at its peak as the double precision of a site's description.
@@ -36,18 +37,27 @@ Place = sites.Site | str | Link | None
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is known of the figures in `terms.PRIORS`, in their order: normal in the logarithm."""
+    """What is known of the logarithms of the figures in `terms.PRIORS`, in their order."""
 
-    mean: np.ndarray  # (figures,)
-    covariance: np.ndarray  # (figures, figures)
-    scatter: float  # of a run about the model: standard deviation of the logarithm
+    mean: np.ndarray  # (figures,), the most probable ones
+    covariance: np.ndarray  # (figures, figures), as of a normal distribution with that maximum
+    draws: np.ndarray  # (DRAWS, figures + 1), possible ones; the last is of the scatter
     statuses: dict[str, str]  # where each figure that counts comes from
     prior: np.ndarray  # (2, figures): means and variances before the runs
     targets: Targets | None = None
 
+    @property
+    def scatter(self) -> float:
+        """Of a run about the model: the standard deviation of the logarithm."""
+        return float(np.exp(np.median(self.draws[:, -1])))
+
     def values(self) -> dict[str, float]:
         """Each figure by its name."""
         return dict(zip(NAMES, np.exp(self.mean).tolist(), strict=True))
+
+    def possible(self) -> dict[str, np.ndarray]:
+        """The draws of each figure by its name, shape (DRAWS, 1)."""
+        return dict(zip(NAMES, np.exp(self.draws.T[:-1, :, None]), strict=True))
 
 
 def calibrate(
@@ -68,18 +78,23 @@ def calibrate(
     place = sites.load(site) if isinstance(site, str) else site
     targets, read = _storage(place, workload)
     priors = PRIORS | _link(place) | read | dict.fromkeys(TERMS[without] if without else (), NOTHING)
-    if measurements is None:
+    runs = None if measurements is None else Runs.of(measurements, workload)
+    if runs is None:
         priors["sample_s"] = _from_peak(place, workload)
     else:
-        runs = Runs.of(measurements, workload)
         priors["sample_s"] = PRIORS["sample_s"]._replace(median=runs.guess(workload), status="measured")
     median = np.log([prior.median for prior in priors.values()])
     prior = _beside(median, np.array([prior.spread for prior in priors.values()]) ** 2, beside)
-    mean, covariance, scatter = prior[0], np.diag(prior[1]), SCATTER
-    if measurements is not None:
-        mean, covariance, scatter = _fit(runs, prior, workload, targets)
+
+    def errors(figures: np.ndarray) -> np.ndarray:
+        if runs is None:
+            return np.zeros((len(figures), 0))
+        values = dict(zip(NAMES, np.exp(figures.T[:, :, None]), strict=True))
+        return np.log(outputs(values, workload, targets, runs.nodes, runs.batch, runs.measured) / runs.values)
+
+    found = fit(errors, prior, SCATTER if runs is None else runs.scatter, 0 if runs is None else len(runs.nodes))
     statuses = {name: prior.status for name, prior in priors.items() if targets or name != "read_s_per_byte"}
-    return Calibration(mean, covariance, scatter, statuses, prior, targets)
+    return Calibration(*found, statuses, prior, targets)
 
 
 def _beside(median: np.ndarray, variance: np.ndarray, others: Iterable[Calibration]) -> np.ndarray:
@@ -90,9 +105,9 @@ def _beside(median: np.ndarray, variance: np.ndarray, others: Iterable[Calibrati
     """
     precision, pull = 1 / variance, median / variance
     for other in others:
-        own = np.diag(other.covariance)
-        gain = np.maximum(1 / own - 1 / other.prior[1], 1e-9)
-        seen = (other.mean / own - other.prior[0] / other.prior[1]) / gain
+        own, (before, doubt) = np.diag(other.covariance), other.prior
+        gain = np.maximum(1 / own - 1 / doubt, 1e-6 / doubt)
+        seen = before + (other.mean - before) / (own * gain)
         weight = 1 / (1 / gain + 2 * BETWEEN**2)
         weight[NAMES.index("sample_s")] = 0
         precision, pull = precision + weight, pull + weight * seen
@@ -173,38 +188,3 @@ class Runs:
             return float(np.median(self.nodes * workload.ranks_per_node / self.values))
         steps = workload.steps(self.nodes, self.batch) if self.measured == "epoch_s" else 1
         return float(np.median(self.values / (self.batch * steps)))
-
-
-def _fit(runs: Runs, prior: np.ndarray, workload: Workload, targets: Targets | None) -> tuple:
-    """The posterior's maximum, its covariance, and the scatter, which is fitted in turn with the rest."""
-    from scipy.optimize import least_squares
-
-    centre, spread = prior[0], np.sqrt(prior[1])
-
-    def residuals(mean: np.ndarray, scatter: float) -> np.ndarray:
-        values = dict(zip(NAMES, np.exp(mean), strict=True))
-        ours = outputs(values, workload, targets, runs.nodes, runs.batch, runs.measured)
-        return np.concatenate([np.log(ours / runs.values) / scatter, (mean - centre) / spread])
-
-    mean, scatter, rounds = centre, runs.scatter, 8
-    for _ in range(rounds):
-        solution = least_squares(residuals, mean, args=(scatter,))
-        mean, covariance = solution.x, np.linalg.inv(solution.jac.T @ solution.jac)
-        # What the runs have to say of the scatter is less by the figures that they settle (MacKay 2003, chapter 28).
-        settled = len(mean) - (np.diag(covariance) / prior[1]).sum()
-        errors = residuals(mean, 1.0)[: len(runs.values)]
-        scatter = _scatter(errors @ errors, max(0.0, len(errors) - settled), runs.scatter)
-    return mean, covariance, scatter
-
-
-def _scatter(squares: float, free: float, believed: float) -> float:
-    """The most probable scatter of runs with so large a sum of squared errors, and so many of them free.
-
-    It is believed to be so large, give or take SCATTER_SPREAD.
-    """
-    from scipy.optimize import minimize_scalar
-
-    def minus_log(u: float) -> float:
-        return free * u + 0.5 * squares * np.exp(-2 * u) + 0.5 * ((u - np.log(believed)) / SCATTER_SPREAD) ** 2
-
-    return float(np.exp(minimize_scalar(minus_log).x))

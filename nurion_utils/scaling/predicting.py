@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 # What is less than this share of the time limits nothing.
 LITTLE = 0.05
-# Of a normal distribution 95 % lie within so many standard deviations.
-_SIGMAS = 1.96
 
 
 def predict(
@@ -96,12 +94,11 @@ def interval(
     what: str, known: Calibration, workload: Workload, nodes: np.ndarray, batch: np.ndarray
 ) -> dict[str, np.ndarray]:
     """The ends of the interval that holds 95 % of runs, by their columns' names."""
-    slopes = sensitivity(what, known, workload, nodes, batch)
-    variance = np.einsum("in,ij,jn->n", slopes, known.covariance, slopes) + known.scatter**2
-    values = outputs(known.values(), workload, known.targets, nodes, batch, what)
+    possible = np.log(outputs(known.possible(), workload, known.targets, nodes, batch, what))
+    scattered = np.random.default_rng(0).standard_normal(len(possible)) * np.exp(known.draws[:, -1])
+    low, high = np.exp(np.quantile(possible + scattered[:, None], [0.025, 0.975], axis=0))
     name, _, unit = what.rpartition("_")
-    factor = np.exp(_SIGMAS * np.sqrt(variance))
-    return {f"{name}_low_{unit}": values / factor, f"{name}_high_{unit}": values * factor}
+    return {f"{name}_low_{unit}": low, f"{name}_high_{unit}": high}
 
 
 def doubt(
