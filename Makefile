@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 TWO := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lint check test lab site notebooks figures bench lock clean
+.PHONY: help setup run lint check test lab site notebooks figures fidelity bench lock clean
 
 help:
 	@echo "make run    execute every notebook into build/executed and render build/site"
@@ -19,6 +19,7 @@ help:
 	@echo "make test   run all tests; make test ONLY='-m ranks' or ONLY=tests/staging runs some"
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make site   render the executed notebooks as build/site/index.html"
+	@echo "make fidelity  predict what others measured, and fail if that has become worse"
 	@echo "make bench  measure this project against its peers"
 	@echo "make notebooks  write the notebooks from their sources; make figures  renew the README's figures after make run"
 	@echo "make setup  only set .venv up, which all of the above do first"
@@ -54,6 +55,9 @@ notebooks: setup
 
 figures: setup
 	@.venv/bin/python tools/readme_figures.py
+
+fidelity: setup
+	@.venv/bin/python -m nurion_utils.scaling $(EXTRA)
 
 bench:
 	@$(PYTHON) tools/setup.py bench

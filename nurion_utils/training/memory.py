@@ -63,8 +63,10 @@ class Footprint:
 
 def layers_of(model: keras.Model) -> Iterator[keras.Layer]:
     """The layers of a model, and of the models in it."""
+    import keras
+
     for layer in model.layers:
-        yield from layers_of(layer) if hasattr(layer, "layers") else (layer,)
+        yield from layers_of(layer) if isinstance(layer, keras.Model) else (layer,)
 
 
 def footprint(model: keras.Model, optimizer: str = "adam") -> Footprint:

@@ -156,7 +156,7 @@ def test_bad_input_is_refused_in_one_sentence(call, message):
 def test_a_workload_is_read_off_a_keras_model():
     import keras
 
-    from nurion_utils.training.models import cosmoflow
+    from nurion_utils.models import cosmoflow
 
     layers = [keras.layers.Input((8, 8, 3)), keras.layers.Conv2D(4, 3), keras.layers.Flatten(), keras.layers.Dense(10)]
     found = scaling.workload(keras.Sequential(layers), batch=16, samples=1000)

@@ -147,6 +147,12 @@ ROWS += [
     Row("timeline", "reading a Horovod timeline of 1,000,000 events against json.load and pandas", "timeline",
         "nurion_utils", "json + pandas", "speed", 1.5),
 ]  # fmt: skip
+ROWS += [
+    Row("predict_all", "a prediction for each of 1 to 8305 nodes of Nurion", "predictions",
+        "predict", "simulate", "own time", 2.0),
+    Row("simulate_8192", "a step's allreduce on 8192 nodes, simulated link by link; predict for scale", "predictions",
+        "simulate", "predict", "own time", None),
+]  # fmt: skip
 
 
 def summarise(row: Row, blocks: pd.DataFrame) -> dict[str, Any]:
