@@ -46,11 +46,6 @@ class Calibration:
     prior: np.ndarray  # (2, figures): means and variances before the runs
     targets: Targets | None = None
 
-    @property
-    def scatter(self) -> float:
-        """Of a run about the model: the standard deviation of the logarithm."""
-        return float(np.exp(np.median(self.draws[:, -1])))
-
     def values(self) -> dict[str, float]:
         """Each figure by its name."""
         return dict(zip(NAMES, np.exp(self.mean).tolist(), strict=True))
@@ -58,6 +53,10 @@ class Calibration:
     def possible(self) -> dict[str, np.ndarray]:
         """The draws of each figure by its name, shape (DRAWS, 1)."""
         return dict(zip(NAMES, np.exp(self.draws.T[:-1, :, None]), strict=True))
+
+    def noise(self) -> np.ndarray:
+        """How far a run is from the model in each of the draws, shape (DRAWS, 1)."""
+        return np.random.default_rng(0).standard_normal((len(self.draws), 1)) * np.exp(self.draws[:, -1:])
 
 
 def calibrate(
