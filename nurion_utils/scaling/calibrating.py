@@ -1,7 +1,7 @@
 """The figures of one machine and one program from a few of its runs, and how uncertain they are.
 
-Bayesian: each figure has a prior in the logarithm (`terms.PRIORS`), and measured times scatter log-normally. The
-maximum of the posterior gives the predictions, draws from it the intervals (`posterior`).
+Bayesian: each figure has a prior in the logarithm (`terms.PRIORS`), and measured times scatter log-normally. Draws from
+the posterior give the predictions and their intervals, its maximum the parts of a step (`posterior`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 
 NAMES = list(PRIORS)
 MEASURED = ("step_s", "epoch_s", "samples_per_s")
-# How runs scatter where their source does not say it (of the logarithm); chosen.
-SCATTER = 0.03
-BETWEEN = 0.5  # how far a figure of one program is from those of others on the same machine (of its logarithm); chosen
-# Where nothing was measured: of a node's peak, with the spread of PRIORS' logarithms. CosmoFlow on KNL had 535 Gflop/s
-# in single precision, twice as fast at its peak as the double precision of a site's description.
+# Of the logarithm, both chosen: how runs scatter where their source does not say it, and how far a figure of one
+# program is from what all on the same machine have in common.
+SCATTER, BETWEEN = 0.03, 0.5
+# Of a node's peak in double precision, where nothing was measured. CosmoFlow had 535 Gflop/s of a KNL node's 3,046.
 _SUSTAINED = Prior(0.2, 0.7, "chosen", "the share of a node's peak that is reached")
 
 Place = sites.Site | str | Link | None
@@ -99,8 +98,8 @@ def calibrate(
 def _beside(median: np.ndarray, variance: np.ndarray, others: Iterable[Calibration]) -> np.ndarray:
     """Means and variances of the figures, when others on the same machine have been seen.
 
-    Of each other one counts what its runs have added to its own prior. Two programs differ by BETWEEN each from what
-    they have in common. The time to compute a sample is each one's own.
+    Of each other one counts what its runs have added to its own prior. Each is BETWEEN away from what all
+    have in common. The time to compute a sample is each one's own.
     """
     precision, pull = 1 / variance, median / variance
     for other in others:
@@ -134,10 +133,9 @@ def _storage(place: sites.Site | Link | None, workload: Workload) -> tuple[Targe
     if workload.storage is None or not isinstance(place, sites.Site):
         return None, {}
     system = ParallelFileSystem.of_site(place, workload.storage)
-    part = dict(place.parts())[
-        "burst_buffer" if workload.storage == "burst_buffer" else f"file_systems.{workload.storage}"
-    ]
-    servers = part.figures["servers" if workload.storage == "burst_buffer" else "targets"]
+    buffer = workload.storage == "burst_buffer"
+    part = place.burst_buffer if buffer else place.file_systems[workload.storage]
+    servers = part.figures["servers" if buffer else "targets"]
     prior = PRIORS["read_s_per_byte"]._replace(
         median=1e-6 / system.target_mb_per_s, spread=SPREADS[servers.status], status=servers.status
     )

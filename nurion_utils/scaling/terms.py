@@ -9,7 +9,7 @@
 The allreduce takes ``messages x latency + arrays x bytes / link``, the closed forms of `allreduce`'s schedules (Thakur,
 Rabenseifner and Gropp 2005); `exposed` is one number for what the backward pass does not hide, and for what a library
 needs beyond the link's own time, which times of steps cannot tell apart. At best two thirds of a step, the backward
-pass, hide it (Goyal et al. 2017: a forward pass costs half a backward pass).
+pass, hide it, which takes two of the three products that each layer has.
 
 Ranks are late by exponentially distributed times, so the last of R is late by H(R) = 1 + 1/2 + ... + 1/R of the mean
 (David and Nagaraja 2003; the shifted exponential of Lee et al. 2018). The mean of one rank belongs to its computing.
@@ -39,8 +39,9 @@ class Prior(NamedTuple):
     words: str
 
 
-# What differs between machines and programs. The medians of the first kind make the ``calibrate`` rows of
-# `data/published_scaling.csv` together most probable (empirical Bayes), rounded; all else here is chosen.
+# What differs between machines and programs. The medians of step_s, copy_s_per_byte, exposed, waiting and listing_s are
+# about those that make all ``calibrate`` rows of `data/published_scaling.csv` together most probable (empirical Bayes;
+# no other rows were looked at); where a site has a figure, it takes the place of the one here; the rest is chosen.
 PRIORS = {
     "sample_s": Prior(0.1, 2.0, "chosen", "the time to compute a sample"),
     "step_s": Prior(0.01, 1.0, "chosen", "the time of a step that does not depend on the batch"),
