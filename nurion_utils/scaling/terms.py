@@ -41,7 +41,7 @@ class Prior(NamedTuple):
 
 # What differs between machines and programs. The medians of step_s, copy_s_per_byte, exposed, waiting and listing_s are
 # about those that make all ``calibrate`` rows of `data/published_scaling.csv` together most probable (empirical Bayes;
-# no other rows were looked at); where a site has a figure, it takes the place of the one here; the rest is chosen.
+# no other rows entered); where a site has a figure, it takes the place of the one here; the rest is chosen.
 PRIORS = {
     "sample_s": Prior(0.1, 2.0, "chosen", "the time to compute a sample"),
     "step_s": Prior(0.01, 1.0, "chosen", "the time of a step that does not depend on the batch"),
