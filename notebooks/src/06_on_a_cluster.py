@@ -543,4 +543,4 @@ assert not jobs.lint(job) and not jobs.lint(for_neuron)
 # - Know when your job ends, save before, and go on. The result can be the same bit for bit. A job can submit itself again; it must also know when not to.
 # - Rules of a site have dates. Hold a job against them before the queue does.
 #
-# **Next:** what the whole machine would do, with storage, links, batches and queues in one prediction (in preparation).
+# **Next:** [the whole machine](07_the_whole_machine.ipynb), with computing, links, storage, batches and queues in one prediction.
