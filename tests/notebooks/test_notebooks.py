@@ -20,6 +20,7 @@ WISHES = {
     "03": {"turns": "2", "sizes": "[4096, 1048576, 67108864]", "image": "32", "epoch_steps": "1"},
     "04": {"n_volumes": "64", "reader_counts": "[1, 4, 32]", "pipeline_steps": "8", "pipeline_repeats": "1"},
     "05": {"n_seeds": "2", "live_batches": "[2048]", "search_trials": "8"},
+    "07": {"repeats": "3"},
 }
 NOISE = re.compile(r"absl::InitializeLog|oneDNN|Warning|DEPRECATED|\d+%\|")
 
