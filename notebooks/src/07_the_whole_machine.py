@@ -202,7 +202,7 @@ print(f"(other programs took {others_cores:.1f} of this machine's cores meanwhil
 held.round(3)
 
 # %% [markdown]
-# How wrong it was is in the column of errors. Two reasons to expect more than chance: the halves of the gradients are not the formula's $e$, and four processes that take turns on few cores pay for each message with a wait that two do not see. With links ten times as fast, where messages are short, predictions were 8 to 28 % too short for that reason, or so we think, when we tried it on a busy machine, for the model knows networks, and nothing of shared cores. An interval holds what the model knows to be uncertain. It cannot hold what the model leaves out.
+# How wrong it was is in the column of errors. Two reasons to expect more than chance: the halves of the gradients are not the formula's $e$; and four processes that take turns on few cores pay for each message with a wait that two do not see, while the model knows networks, and nothing of shared cores. We tried it where that should hurt, on a busy machine (not shown here): with links ten times as fast, so that messages are short, predictions were 8 to 28 % too short, and eight nodes on two cores took 4 to 26 % longer than predicted, with one of four medians inside. An interval holds what the model knows to be uncertain. It cannot hold what the model leaves out.
 #
 # ## Nurion predicts Nurion
 #
