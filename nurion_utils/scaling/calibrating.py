@@ -44,6 +44,7 @@ class Calibration:
     statuses: dict[str, str]  # where each figure that counts comes from
     prior: np.ndarray  # (2, figures): means and variances before the runs
     targets: Targets | None = None
+    site: str | None = None  # by its name, if it has one
 
     def values(self) -> dict[str, float]:
         """Each figure by its name."""
@@ -69,9 +70,10 @@ def calibrate(
 
     `measurements` has a row per run: ``nodes``, and one of ``step_s``, ``epoch_s`` and ``samples_per_s``; also
     ``batch_per_rank`` where it is not the workload's, and ``scatter_percent`` where it is known. None is for what is
-    known before anything is measured. The site may be a `Link` where nothing else is known, or None. `beside` are
-    calibrations of other programs on the same machine, which are taken to be alike. One of `terms.TERMS` may be left
-    out, which shows what it is worth. ValueError for columns that are missing, and values that are not above 0.
+    known before anything is measured. Where runs repeat a setting give their median: each row counts as independent of
+    the others. The site may be a `Link` where nothing else is known, or None. `beside` are calibrations of other
+    programs on the same machine, which are taken to be alike. One of `terms.TERMS` may be left out, which shows what
+    it is worth. ValueError for columns that are missing, and values that are not above 0.
     """
     place = sites.load(site) if isinstance(site, str) else site
     targets, read = _storage(place, workload)
@@ -92,7 +94,7 @@ def calibrate(
 
     found = fit(errors, prior, SCATTER if runs is None else runs.scatter, 0 if runs is None else len(runs.nodes))
     statuses = {name: prior.status for name, prior in priors.items() if targets or name != "read_s_per_byte"}
-    return Calibration(*found, statuses, prior, targets)
+    return Calibration(*found, statuses, prior, targets, getattr(place, "name", None))
 
 
 def _beside(median: np.ndarray, variance: np.ndarray, others: Iterable[Calibration]) -> np.ndarray:

@@ -41,6 +41,8 @@ def predict(
     place = sites.load(site) if isinstance(site, str) else site
     nodes = _nodes(place, nodes)
     known = calibration or calibrate(None, place, workload)
+    if known.site and (name := getattr(place, "name", None)) not in (None, known.site):
+        raise ValueError(f"this calibration is of site {known.site!r}: calibrate on {name!r} to predict for it")
     batch = workload.batches(nodes)
 
     def drawn(what: str, nodes: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 """The model, on one page: what a step of synchronous training takes on P nodes, term by term.
 
     compute        step_s + batch x sample_s: what does not and what does grow with the batch
-    communication  copies into and out of the buffers + exposed x allreduce + what is longer than the backward pass
+    communication  copies into and out of the buffers + the larger of exposed x allreduce, and what of it is longer
+                   than the backward pass
     waiting        waiting x compute x (H(R) - 1): the slowest of R ranks
     input          what reading the next batch takes beyond all that
     epoch          steps x step + listing_s x samples: what every rank does for all samples, not only its own
@@ -122,7 +123,7 @@ def step_parts(
     size = workload.gradient_bytes
     allreduce = workload.buffers * messages * values["latency_s"] + arrays * size * values["link_s_per_byte"]
     copies = 2 * size * values["copy_s_per_byte"] * (ranks > 1)
-    communication = copies + values["exposed"] * allreduce + np.maximum(0, allreduce - BACKWARD * compute)
+    communication = copies + np.maximum(values["exposed"] * allreduce, allreduce - BACKWARD * compute)
     waiting = values["waiting"] * compute * (harmonic(ranks) - 1)
     reading = _reading(workload, targets, ranks * batch) * values["read_s_per_byte"]
     return {

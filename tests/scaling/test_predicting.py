@@ -140,6 +140,10 @@ def test_plans_keep_the_sites_rules_and_become_jobs():
         (lambda: scaling.calibrate(pd.DataFrame({"step_s": [1.0]}), None, COSMOFLOW), "it lacks nodes"),
         (lambda: scaling.calibrate(pd.DataFrame({"nodes": [1]}), None, COSMOFLOW), "columns step_s, epoch_s"),
         (lambda: scaling.calibrate(runs(-1.0), None, COSMOFLOW), "step_s must hold numbers above 0"),
+        (
+            lambda: scaling.predict("nurion", COSMOFLOW, 4, scaling.calibrate(runs(1.0), "cori", COSMOFLOW)),
+            "of site 'cori': calibrate on 'nurion'",
+        ),
         (lambda: scaling.plan(COSMOFLOW, "nurion", 1e6), "plan fewer epochs in each job"),
         (lambda: scaling.plan(COSMOFLOW, "nurion", 1, most_batch=0), "most_batch must be a whole number"),
         (lambda: scaling.plan(COSMOFLOW, "slurm", 1), "does not say how many nodes it has"),
