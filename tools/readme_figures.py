@@ -20,6 +20,7 @@ FIGURES = {
     "queues.png": ("04_burst_buffer_staging", "Five panels over time"),
     "errors.png": ("05_large_batch_tuning", "Left: test error against batch"),
     "epochs.png": ("04_burst_buffer_staging", "Time of an epoch against nodes"),
+    "fidelity.png": ("07_the_whole_machine", "One line for each published figure"),
 }
 COLOURS = 64  # keeps each file at some 20 kB
 
