@@ -52,7 +52,8 @@ def test_killed_at_random_moments_no_file_is_ever_wrong_and_the_next_run_goes_on
         durations.append(time.perf_counter() - began)
         staging.purge(destination)
     kills = runs = 0
-    while kills < KILLS:
+    # A busy machine lets few kills meet a copy half-way; then there are more of them.
+    while kills < KILLS or (went_on <= KILLS / 10 and kills < 5 * KILLS):
         runs += 1
         process = start(source, destination)
         if kills % 2:  # while files appear, however long a busy machine takes to get there
