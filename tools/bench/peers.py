@@ -3,7 +3,7 @@
 import pandas as pd
 import peer_tensorflow
 import peer_torch
-from blocks import alternate
+from blocks import QUIET_CORES, QUIET_WITH_LINKS, alternate
 from groups import training
 
 
@@ -28,4 +28,5 @@ def measure(
         training(["torch"], *how, peer_torch.prepare, rate_mbit) as torch,
         training(["tensorflow"], *how, peer_tensorflow.prepare, rate_mbit) as tensorflow,
     ):
-        return alternate({**ours, **torch, **tensorflow}, pairs)
+        quiet = QUIET_CORES if rate_mbit is None else QUIET_WITH_LINKS
+        return alternate({**ours, **torch, **tensorflow}, pairs, quiet)

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from blocks import alternate
+from blocks import QUIET_WITH_LINKS, alternate
 
 from nurion_utils.cluster import Cluster
 
@@ -61,7 +61,6 @@ CONTENDERS = {
     ],
     "rsync": [TIMED, f"srun -N4 rsync -a --port={RSYNC_PORT} {SERVER}::source/files/ {COPY}"],
 }
-QUIET_CORES = 0.2  # the kernel's own threads, which carry the packets for us, count as others
 
 
 def measure(n_files: int, size_bytes: int, rate_mbit: float, pairs: int = 5) -> pd.DataFrame:
@@ -77,7 +76,7 @@ def measure(n_files: int, size_bytes: int, rate_mbit: float, pairs: int = 5) -> 
         subprocess.run(["tar", "-C", source / "files", "-cf", source / "archive.tar", "."], check=True)
         with _served(cluster, source):
             contenders = {name: partial(_copying, cluster, source, *words) for name, words in CONTENDERS.items()}
-            return alternate(contenders, pairs, QUIET_CORES)
+            return alternate(contenders, pairs, QUIET_WITH_LINKS)
 
 
 @contextmanager
