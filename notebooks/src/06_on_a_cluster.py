@@ -227,7 +227,7 @@ print(
 )
 for what, saved in {"buckets": one - many, "half precision": many - half}.items():
     print(
-        f"{what} saves {sorted(saved)[len(saved) // 2]:.0f} ms, in single repeats {min(saved):.0f} to {max(saved):.0f} ms"
+        f"saved by {what}: {sorted(saved)[len(saved) // 2]:.0f} ms, in single repeats {min(saved):.0f} to {max(saved):.0f} ms"
     )
 print(f"half of the bytes need {link_ms / 2:.0f} ms less")
 median_ms.to_frame().style.format("{:.1f}")
@@ -258,7 +258,7 @@ plt.show()
 # %% [markdown]
 # Each circle is one repeat. The dashed lines add what you predicted to the median of *alone*, as if nothing were hidden. The circles lie above them: a bound is not a forecast. Start-up times of messages, Horovod's agreement on which tensors are ready (*negotiation*) and processes that take turns on few cores are candidates, which this measurement cannot tell apart.
 #
-# Buckets can hide no more than the backward pass, and only where a core is free for messages while another computes. Here four nodes share the cores of this machine, and MPI keeps a core busy while it waits for a message. So where the savings of single repeats lie on both sides of 0, you have seen none; the README's table has two ranks with a core each and 50 MB of gradients, where buckets do save time. Half precision saves less than half of the link's time, for numbers have to be converted. It has a price: 11 bits are left of each gradient, and what is smaller than about 6e-8 becomes 0. And what it saves here says little about another network:
+# Buckets can hide no more than the backward pass, and only where a core is free for messages while another computes. Here four nodes share the cores of this machine, and MPI keeps a core busy while it waits for a message. So where the savings of single repeats lie on both sides of 0, you have seen none, and below it buckets cost time, each a message and an agreement more; the README's table has two ranks with a core each and 50 MB of gradients, where buckets do save time. How far half precision stays behind half of the link's time is printed, too; that numbers have to be converted is one candidate. It has a price: 11 bits are left of each gradient, and what is smaller than about 6e-8 becomes 0. And what it saves here says little about another network:
 
 # %%
 from nurion_utils import sites

@@ -115,8 +115,8 @@ def rank_environment(threads: int) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads),
         "TF_NUM_INTRAOP_THREADS": str(threads),
-        # One hands gradients to Horovod while another computes: measured on one core per rank, with 50 MB of them,
-        # steps take 0.92 of the time that one thread takes on one machine, 0.87 at 4 Gbit/s, and never longer.
+        # One hands gradients to Horovod while another computes. Medians of steps with one core per rank, in turn: with
+        # 50 MB of gradients 0.92 of the time of one thread on one machine, 0.87 at 4 Gbit/s; small networks within 2 %.
         "TF_NUM_INTEROP_THREADS": str(max(2, threads)),
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "TF_ENABLE_ONEDNN_OPTS": "1",  # its default here; said explicitly, TensorFlow does not log it on every rank

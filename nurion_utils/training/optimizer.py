@@ -57,7 +57,8 @@ def DistributedOptimizer(  # the name that the field knows
     ImportError
         If Horovod cannot be imported, and there is no `reducer` to do without it.
     TypeError
-        If `optimizer` is not a Keras 3 optimizer, or is, or wraps, Horovod's own wrapper around one.
+        If `optimizer` is not a Keras 3 optimizer, or is, or wraps, Horovod's own wrapper around one; if `compression`
+        is not Horovod's, or there is a `reducer` as well.
     ValueError
         If the optimizer is distributed already, or is a `MultiOptimizer` and has an `observer`. When the training step
         is traced: if XLA is to compile it, if the model trains in float8, or if ranks do not train the same variables.
@@ -65,9 +66,9 @@ def DistributedOptimizer(  # the name that the field knows
     Notes
     -----
     One grouped allreduce per update, dtype and bucket, also with ``gradient_accumulation_steps``. Where gradients are
-    accumulated, scaled or observed, all are computed before the first is sent. Loss scaling adds an allreduce of one
-    number per batch: an overflow on one rank makes all ranks skip the step. A variable without a gradient (None)
-    on all ranks is left alone, as by Keras. If ranks differ in that, from then on a None counts as zero, for all.
+    accumulated or scaled, all are computed before the first is sent. Loss scaling adds an allreduce of one number per
+    batch: an overflow on one rank makes all ranks skip the step. A variable without a gradient (None) on all ranks is
+    left alone, as by Keras. If ranks differ in that, from then on a None counts as zero, for all.
 
     Sparse gradients (of embeddings) are gathered, so each rank holds the slices of all; with a `reducer` they are made
     dense first, and then ``clipnorm`` and Adam's moments differ from those of plain Keras, which clips and squares
